@@ -1,0 +1,76 @@
+"""The ledger: one json file a finished shard, written after the shard. What it doesn't list isn't done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusion_data.durable_file import write_json
+from diffusion_data.shard_plan import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """A finished shard. `num_rows == written + len(rejected)`, always.
+
+    file: name of the tar, or None where every row was rejected: energon can't read an empty tar
+    num_bytes, sha256: of the tar
+    fingerprint: digest of the run that wrote it
+    rejected: RejectedRow.to_json() of each
+    stats: DatasetStats.to_json()
+    stage_seconds: how long each stage was busy with it; the only thing that differs between two runs
+    """
+
+    shard: int
+    start: int
+    stop: int
+    file: str | None
+    num_bytes: int
+    sha256: str | None
+    written: int
+    captions_cut: int
+    fingerprint: str
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stop - self.start != self.written + len(self.rejected):
+            raise ValueError(
+                f"shard {self.shard}: {self.stop - self.start} rows, but {self.written} written "
+                f"and {len(self.rejected)} rejected"
+            )
+
+
+class Ledger:
+    """The entries in `<output>/run/ledger/`."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+        self.folder = output_dir / "run" / "ledger"
+
+    def write(self, entry: LedgerEntry) -> None:
+        write_json(self._path(entry.shard), dataclasses.asdict(entry))
+
+    def read(self, shard: Shard) -> LedgerEntry | None:
+        """The entry of a finished shard whose tar is there in full size, else None: then do it again."""
+        try:
+            fields = json.loads(self._path(shard.number).read_bytes())
+            entry = LedgerEntry(**fields)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # torn or not ours: its shard is made anew
+            return None
+        if (entry.start, entry.stop) != (shard.start, shard.stop):
+            return None
+        if entry.file is not None:
+            tar = self._output_dir / entry.file
+            if tar.is_symlink() or not tar.is_file() or tar.stat().st_size != entry.num_bytes:
+                return None
+        return entry
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard_{shard:06d}.json"

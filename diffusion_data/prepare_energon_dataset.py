@@ -1,0 +1,343 @@
+"""prepare(config): parquet rows in, a finished dataset out. The whole job, as every rank runs it.
+
+    rank 0 plans       sources, fingerprint, which shards are still to do
+    all ranks encode   claim a shard, decode its rows, encode, write; until none is left
+    rank 0 finishes    .nv-meta, statistics, one batch read back as training would
+
+torchrun starts one rank a GPU; the same command again finishes what is missing and does nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from diffusion_data.command_line import options_to_dataclass, run
+from diffusion_data.cosmos_tokenizer import CosmosTokenizer
+from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.distributed import Ranks, usable_cpus
+from diffusion_data.encode_pipeline import BatchingConfig, EncodePipeline
+from diffusion_data.errors import UserError
+from diffusion_data.fingerprint import files_digest, function_digest
+from diffusion_data.finish import Totals, finish_dataset, format_reasons, read_one_batch
+from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
+from diffusion_data.ledger import LedgerEntry
+from diffusion_data.media import MediaConfig
+from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress
+from diffusion_data.resize import resampler
+from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder, resolve_process_func, takes_media
+from diffusion_data.run_folder import RunFolder
+from diffusion_data.shard_plan import Shard, plan_shards
+from diffusion_data.shard_writer import ShardWriter
+from diffusion_data.sources import ParquetSource, SourceConfig, SourceFile
+from diffusion_data.t5_text_encoder import T5TextEncoder
+
+_REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
+_SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
+_SECONDS_BETWEEN_COUNTS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """name: a bundled tokenizer (tiny-cosmos), a name on the Hugging Face hub, or a folder."""
+
+    name: str
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """name: a bundled encoder (tiny-t5), a name on the Hugging Face hub, or a folder.
+
+    max_length: tokens; what a caption has beyond is cut, and counted.
+    """
+
+    name: str
+    cache_dir: str | None = None
+    max_length: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Options of the job; configs/prepare.yaml has their defaults.
+
+    process_func: `_target_` and the function's arguments
+    metadata_columns: columns whose values go into each sample's json
+    samples_per_shard: rows of a shard; None chooses by the number of rows
+    split_ratio: weights of train, val, test; by shard
+    num_workers: decode processes a rank; None shares the node's processors out, 0 decodes in line
+    seed: of the shuffle that spreads shards over splits
+    max_reject_rate: share of rejected rows that stops the run
+    """
+
+    output_dir: str
+    source: SourceConfig
+    process_func: dict[str, Any]
+    metadata_columns: tuple[str, ...]
+    samples_per_shard: int | None
+    split_ratio: tuple[float, ...]
+    num_workers: int | None
+    seed: int
+    max_reject_rate: float
+    media: MediaConfig
+    tokenizer: TokenizerConfig
+    text_encoder: TextEncoderConfig
+    batching: BatchingConfig
+    device: str
+
+
+def prepare(config: PrepareConfig) -> Totals | None:
+    """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others.
+
+    Raises:
+        UserError: whatever the user can mend; nothing that was finished is lost by it.
+    """
+    started = time.monotonic()
+    ranks = Ranks.connect()
+    device = ranks.device(config.device)
+    _set_up_torch(device)
+    source = _open_source(config, ranks)
+    tokenizer = CosmosTokenizer.from_pretrained(
+        config.tokenizer.name, config.tokenizer.cache_dir, device, decoder=False
+    )
+    text_encoder = T5TextEncoder.from_pretrained(
+        config.text_encoder.name, config.text_encoder.cache_dir, config.text_encoder.max_length, device
+    )
+    shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+    output_dir = Path(config.output_dir)
+    if ranks.rank == 0:
+        folder = RunFolder(output_dir)
+        digest = folder.open(_fingerprint(config, source, shards, tokenizer, text_encoder), asdict(config))
+        todo = [shard.number for shard in folder.unfinished(shards)]
+        ranks.publish("plan", {"todo": todo, "fingerprint": digest})
+    plan = ranks.receive("plan")
+    todo_shards = [shards[number] for number in plan["todo"]]
+    if todo_shards:
+        decoder = _row_decoder(config, tokenizer)
+        writer = ShardWriter(output_dir, plan["fingerprint"])
+        pipeline = EncodePipeline(tokenizer, text_encoder, config.batching)
+        _encode_shards(config, ranks, source, todo_shards, decoder, pipeline, writer)
+    ranks.publish(f"finished/{ranks.rank}", True)
+    if ranks.rank != 0:
+        return None
+    for rank in range(ranks.world_size):
+        ranks.receive(f"finished/{rank}")
+    empty_caption = text_encoder.encode([""])[0]
+    totals = finish_dataset(output_dir, shards, config.split_ratio, config.seed, empty_caption)
+    read_one_batch(output_dir, config.split_ratio)
+    _print_summary(config, totals, sum(shard.num_rows for shard in todo_shards), time.monotonic() - started)
+    return totals
+
+
+def _set_up_torch(device: torch.device) -> None:
+    """Make results repeatable: on a CPU they depend on the number of threads, on a GPU on cuDNN's choice."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+
+
+def _open_source(config: PrepareConfig, ranks: Ranks) -> ParquetSource:
+    """Rank 0 reads the footers and checks the options that name columns; the others are told."""
+    if ranks.rank == 0:
+        source = ParquetSource.open(config.source.path)
+        if source.num_rows == 0:
+            raise UserError(f"source.path: {config.source.path} has no rows")
+        source.require_columns(_named_columns(config))
+        ranks.publish("source", [asdict(file) for file in source.files])
+        return source
+    return ParquetSource([SourceFile.from_json(file) for file in ranks.receive("source")])
+
+
+def _named_columns(config: PrepareConfig) -> dict[str, str]:
+    """Columns that options name, and the option of each; checks process_func's arguments on the way."""
+    target = config.process_func.get("_target_")
+    if not isinstance(target, str):
+        raise UserError("process_func._target_: name the function, e.g. my_dataset.process_row")
+    function = resolve_process_func(target)
+    signature = inspect.signature(function)
+    arguments = _arguments(config)
+    try:
+        bound = signature.bind({}, **arguments, **({"media": None} if takes_media(function) else {}))
+    except TypeError as error:
+        raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
+    bound.apply_defaults()
+    columns = dict.fromkeys(config.metadata_columns, "metadata_columns")
+    for name, value in bound.arguments.items():
+        if name.endswith(("_column", "_columns")):
+            for column in [value] if isinstance(value, str) else value or ():
+                columns[column] = f"process_func.{name}"
+    taken = RESERVED_FIELDS.intersection(config.metadata_columns)
+    if taken:
+        raise UserError(
+            f"metadata_columns: {', '.join(sorted(taken))} would overwrite fields that every sample's json has"
+        )
+    return columns
+
+
+def _arguments(config: PrepareConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.process_func.items() if name != "_target_"}
+
+
+def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
+    return RowDecoder(
+        process_func=config.process_func["_target_"],
+        arguments=_arguments(config),
+        metadata_columns=tuple(config.metadata_columns),
+        media=config.media,
+        temporal_compression=tokenizer.temporal_compression,
+        # A DiT cuts latents into patches of 2 x 2, so sides are multiples of two latent pixels.
+        size_multiple=2 * tokenizer.spatial_compression,
+    )
+
+
+def _fingerprint(
+    config: PrepareConfig,
+    source: ParquetSource,
+    shards: list[Shard],
+    tokenizer: CosmosTokenizer,
+    text_encoder: T5TextEncoder,
+) -> dict[str, Any]:
+    """Everything that changes a shard's bytes. Not in it: ranks, workers, splits, where models are cached."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": [
+            {
+                "name": file.name,
+                "num_rows": file.num_rows,
+                "num_bytes": file.num_bytes,
+                "footer_sha256": file.footer_sha256,
+            }
+            for file in source.files
+        ],
+        "rows_per_shard": shards[0].num_rows,
+        "shards": len(shards),
+        "process_func": {
+            **config.process_func,
+            "source_sha256": function_digest(resolve_process_func(config.process_func["_target_"])),
+        },
+        "metadata_columns": list(config.metadata_columns),
+        "media": asdict(config.media),
+        "resampler": resampler(),
+        "tokenizer": {"files_sha256": files_digest(tokenizer.weight_files), "dtype": str(tokenizer.dtype)},
+        "text_encoder": {
+            "files_sha256": files_digest(text_encoder.weight_files),
+            "dtype": str(text_encoder.dtype),
+            "max_length": config.text_encoder.max_length,
+        },
+        "batching": asdict(config.batching),
+        "device": tokenizer.device.type,
+    }
+
+
+def _encode_shards(
+    config: PrepareConfig,
+    ranks: Ranks,
+    source: ParquetSource,
+    todo: list[Shard],
+    decoder: RowDecoder,
+    pipeline: EncodePipeline,
+    writer: ShardWriter,
+) -> None:
+    """Claim, decode, encode and write until no shard is left; the four run at the same time."""
+    num_workers = config.num_workers
+    if num_workers is None:
+        num_workers = max(1, usable_cpus() // ranks.local_world_size)
+    rows = ((shard, row) for shard in _claimed(ranks, todo) for row in source.read_rows(shard.start, shard.stop))
+    num_rows = sum(shard.num_rows for shard in todo)
+    with (
+        DecodeWorkers(decoder, num_workers) as workers,
+        ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing,
+        Progress(ranks, source.num_rows, source.num_rows - num_rows),
+    ):
+        pending: deque[Future[LedgerEntry]] = deque()
+        results = _counted(workers.map(rows), ranks, config.max_reject_rate)
+        for encoded in pipeline.run(results):
+            pending.append(writing.submit(writer.write, encoded))
+            if len(pending) > _SHARDS_BEING_WRITTEN:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
+
+
+def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
+    while (number := ranks.claim("shards_claimed")) < len(todo):
+        yield todo[number]
+
+
+def _counted(
+    results: Iterable[tuple[Shard, DecodedRow | RejectedRow]], ranks: Ranks, max_reject_rate: float
+) -> Iterator[tuple[Shard, DecodedRow | RejectedRow]]:
+    """Pass results on, counting them for all ranks; stops the run when too many rows are rejected.
+
+    Raises:
+        UserError: the share of rejected rows is above the limit.
+    """
+    reasons: Counter[str] = Counter()
+    done = rejected = 0
+    counted_at = time.monotonic()
+    for shard, result in results:
+        done += 1
+        if isinstance(result, RejectedRow):
+            rejected += 1
+            reasons[result.reason.value] += 1
+        if time.monotonic() - counted_at > _SECONDS_BETWEEN_COUNTS:
+            _count(ranks, done, rejected, reasons, max_reject_rate)
+            done = rejected = 0
+            counted_at = time.monotonic()
+        yield shard, result
+    _count(ranks, done, rejected, reasons, max_reject_rate)
+
+
+def _count(ranks: Ranks, done: int, rejected: int, reasons: Counter[str], max_reject_rate: float) -> None:
+    all_done = ranks.count(ROWS_DONE, done)
+    all_rejected = ranks.count(ROWS_REJECTED, rejected)
+    if all_done >= _REJECT_RATE_ROWS and all_rejected > max_reject_rate * all_done:
+        raise UserError(
+            f"max_reject_rate: {all_rejected} of {all_done} rows were rejected, more than {max_reject_rate:.0%} "
+            f"(on this rank: {format_reasons(dict(reasons.most_common()))}); mend the source or the recipe, "
+            "or raise max_reject_rate"
+        )
+
+
+def _print_summary(config: PrepareConfig, totals: Totals, rows_now: int, seconds: float) -> None:
+    lines = [
+        f"{config.output_dir}: {totals.rows} rows = {totals.written} written "
+        f"+ {sum(totals.rejected.values())} rejected",
+        f"  {totals.shards} shards, {totals.num_bytes / 1e6:.1f} MB; "
+        + ", ".join(f"{name} {count}" for name, count in totals.splits.items() if count),
+    ]
+    if totals.rejected:
+        lines.append(f"  rejected: {format_reasons(totals.rejected)}; each in run/rejected.jsonl")
+    if totals.captions_cut:
+        lines.append(f"  {totals.captions_cut} captions cut to {config.text_encoder.max_length} tokens")
+    lines.append(f"  {rows_now} rows in {seconds:.1f} s; busy, summed over ranks: {_busy(totals)}")
+    if config.tokenizer.name.startswith("tiny-") or config.text_encoder.name.startswith("tiny-"):
+        lines.append("  made with the bundled tiny models, which are for trying out: name real ones to train on it")
+    lines.append(f"  train: python scripts/train.py data.path={config.output_dir}")
+    print("\n".join(lines))
+
+
+def _busy(totals: Totals) -> str:
+    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in totals.stage_seconds.items())
+
+
+def prepare_from_command_line(options: DictConfig) -> None:
+    prepare(options_to_dataclass(PrepareConfig, options, ""))
+
+
+def main() -> None:
+    """Entry point of scripts/prepare_energon_dataset.py and of diffusion-data-prepare."""
+    sys.path.insert(0, os.getcwd())  # a process_func beside the user's recipe is found as `python -m` finds it
+    run(prepare_from_command_line, "prepare")

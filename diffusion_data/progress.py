@@ -1,0 +1,88 @@
+"""Shared counters -> a bar in a terminal, plain lines in a log file; on rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+from diffusion_data.distributed import Ranks
+
+ROWS_DONE, ROWS_REJECTED = "rows_done", "rows_rejected"
+
+_SECONDS_BETWEEN_LINES = 15.0  # in a log file
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Progress:
+    """Shows how far all ranks are: rows done, samples/s, time left, rejects. A context manager."""
+
+    def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO = sys.stderr) -> None:
+        self._ranks = ranks
+        self._total_rows = total_rows
+        self._done_before = done_before
+        self._stream = stream
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._ranks.rank == 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _show(self) -> None:
+        if self._stream.isatty():
+            self._show_bar()
+        else:
+            self._show_lines()
+
+    def _show_bar(self) -> None:
+        with tqdm(
+            total=self._total_rows, initial=self._done_before, unit="row", file=self._stream, smoothing=0.1
+        ) as bar:
+            while True:
+                stopping = self._stopped.wait(_SECONDS_BETWEEN_LOOKS)
+                bar.update(self._done_before + self._ranks.count(ROWS_DONE) - bar.n)
+                bar.set_postfix(rejected=self._ranks.count(ROWS_REJECTED))
+                if stopping:
+                    return
+
+    def _show_lines(self) -> None:
+        started = time.monotonic()
+        while True:
+            stopping = self._stopped.wait(_SECONDS_BETWEEN_LINES)
+            done, rejected = self._ranks.count(ROWS_DONE), self._ranks.count(ROWS_REJECTED)
+            rate = done / (time.monotonic() - started)
+            finished = self._done_before + done
+            left = (self._total_rows - finished) / rate if rate else None
+            print(
+                f"{finished}/{self._total_rows} rows, {rate:.1f} rows/s, "
+                f"{format_seconds(left)} left, {rejected} rejected",
+                file=self._stream,
+                flush=True,
+            )
+            if stopping:
+                return
+
+
+def format_seconds(seconds: float | None) -> str:
+    """1:02:03; "unknown" for None."""
+    if seconds is None:
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,190 @@
+"""Row -> DecodedRow (uint8 frames that the tokenizer takes, caption, metadata) or RejectedRow.
+
+A pure function of the row and the config, run in worker processes: nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hydra.utils import get_method
+
+from diffusion_data.errors import Reason, RowRejected, UserError
+from diffusion_data.latent_sample import RESERVED_FIELDS
+from diffusion_data.media import MediaConfig, MediaLoader
+from diffusion_data.process_funcs import MediaSample
+from diffusion_data.sources import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedRow:
+    """pixels: uint8 (T, H, W, 3), T = 1 + k*t, H and W multiples of what the tokenizer takes."""
+
+    row: int
+    source_file: str
+    source_row: int
+    pixels: np.ndarray
+    framerate: float | None
+    image_height: int
+    image_width: int
+    caption: str
+    metadata: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedRow:
+    """A row that became no sample, and why: one line of rejected.jsonl."""
+
+    row: int
+    source_file: str
+    source_row: int
+    reason: Reason
+    message: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "row": self.row,
+            "source_file": self.source_file,
+            "source_row": self.source_row,
+            "reason": self.reason.value,
+            "retryable": self.reason.retryable,
+            "message": self.message,
+            **self.metadata,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDecoder:
+    """The CPU half of the job, small enough to be sent to worker processes.
+
+    process_func: importable name; arguments: its other options
+    temporal_compression: frames are trimmed to 1 + temporal_compression * t
+    size_multiple: heights and widths are multiples of it
+    """
+
+    process_func: str
+    arguments: dict[str, Any]
+    metadata_columns: tuple[str, ...]
+    media: MediaConfig
+    temporal_compression: int
+    size_multiple: int
+
+    def __call__(self, row: Row) -> DecodedRow | RejectedRow:
+        started = time.perf_counter()
+        metadata: dict[str, Any] = {}
+        try:
+            metadata = {column: _json_value(row.values.get(column), column) for column in self.metadata_columns}
+            sample, frames = self._process(row)
+        except RowRejected as rejected:
+            return RejectedRow(
+                row=row.index,
+                source_file=row.source_file,
+                source_row=row.source_row,
+                reason=rejected.reason,
+                message=rejected.message,
+                metadata=metadata,
+                seconds=time.perf_counter() - started,
+            )
+        return DecodedRow(
+            row=row.index,
+            source_file=row.source_file,
+            source_row=row.source_row,
+            pixels=np.ascontiguousarray(frames.pixels),
+            framerate=frames.fps,
+            image_height=frames.source_height,
+            image_width=frames.source_width,
+            caption=sample.caption,
+            metadata=metadata | _checked_metadata(sample.metadata),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _process(self, row: Row) -> tuple[MediaSample, Any]:
+        function = resolve_process_func(self.process_func)
+        media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
+        arguments = {**self.arguments, **({"media": media} if takes_media(function) else {})}
+        try:
+            sample = function(row.values, **arguments)
+            if not isinstance(sample, MediaSample):
+                raise TypeError(f"{self.process_func} returned {type(sample).__name__}, expected MediaSample")
+            _check_caption(sample.caption)
+            _checked_metadata(sample.metadata)
+            return sample, media.conform(sample.frames)
+        except RowRejected:
+            raise
+        except Exception as error:  # the user's own code may raise anything: the row's fault, not the job's
+            raise RowRejected(Reason.process_func_error, _describe(error)) from error
+
+
+@functools.lru_cache(maxsize=8)
+def resolve_process_func(name: str) -> Callable[..., MediaSample]:
+    """The function of that importable name.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    try:
+        return get_method(name)
+    except Exception as error:  # hydra wraps whatever importing the user's module raised
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"process_func._target_: can't import {name}: {cause}") from error
+
+
+def takes_media(function: Callable[..., Any]) -> bool:
+    return "media" in inspect.signature(function).parameters
+
+
+@functools.lru_cache(maxsize=64)
+def _media_loader(config: MediaConfig, folder: str, temporal_compression: int, size_multiple: int) -> MediaLoader:
+    """One loader a folder of parquet files: relative paths start there."""
+    return MediaLoader(config, folder, temporal_compression, size_multiple)
+
+
+def _check_caption(caption: object) -> None:
+    if not isinstance(caption, str):
+        raise RowRejected(Reason.caption_not_text, f"caption is {type(caption).__name__}, expected text")
+    if not caption.strip():
+        raise RowRejected(Reason.null_caption, "empty caption")
+
+
+def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    taken = RESERVED_FIELDS.intersection(metadata)
+    if taken:
+        raise RowRejected(Reason.bad_metadata, f"metadata fields {sorted(taken)} are the format's own")
+    return {name: _json_value(value, name) for name, value in metadata.items()}
+
+
+def _json_value(value: Any, name: str) -> Any:
+    """`value` as json holds it. NaN, which json has no word for, becomes null."""
+    if hasattr(value, "isoformat"):  # dates and times
+        return value.isoformat()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _json_value(each, name) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(each, name) for each in value]
+    if type(value).__name__ == "Decimal":
+        return float(value)
+    raise RowRejected(Reason.bad_metadata, f"{name} holds {type(value).__name__}, which json can't")
+
+
+def _describe(error: Exception) -> str:
+    """Type, message and the place in the user's code, on one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({place.name}, line {place.lineno} of {place.filename})"

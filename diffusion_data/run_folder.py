@@ -1,0 +1,56 @@
+"""The output folder at the start of a run: is it ours to go on with, and which shards are still to do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_data.durable_file import durable_file, remove_partial_files
+from diffusion_data.energon_metadata import META_FOLDER
+from diffusion_data.errors import UserError
+from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
+from diffusion_data.ledger import Ledger
+from diffusion_data.shard_plan import Shard
+
+
+class RunFolder:
+    """`<output>` and its `run/`. Only rank 0 opens it; the others read and write shards and ledger entries."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self.run = output_dir / "run"
+        self.ledger = Ledger(output_dir)
+
+    def open(self, fingerprint: dict[str, Any], config: dict[str, Any]) -> str:
+        """Start or continue here; returns the fingerprint's digest.
+
+        Raises:
+            UserError: the folder holds something else, or a run with other settings, or can't be written.
+        """
+        try:
+            self.ledger.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+            if not self.run.is_dir() and any(self.output_dir.iterdir()):
+                raise UserError(
+                    f"output_dir: {self.output_dir} is not empty and holds no run of this tool; choose another"
+                )
+            self.ledger.folder.mkdir(parents=True, exist_ok=True)
+            check_or_write_fingerprint(self.run / "fingerprint.json", fingerprint)
+            for folder in (self.output_dir, self.run, self.ledger.folder):
+                remove_partial_files(folder)
+            with durable_file(self.run / "config.yaml") as file:
+                file.write(yaml.safe_dump(config, sort_keys=False).encode())
+        except OSError as error:
+            raise UserError(f"output_dir: can't write to {self.output_dir}: {error}") from error
+        return fingerprint_digest(fingerprint)
+
+    def unfinished(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Shards without a valid ledger entry. If there are any, the metadata of an earlier end goes."""
+        todo = [shard for shard in shards if self.ledger.read(shard) is None]
+        metadata = self.output_dir / META_FOLDER
+        if todo and metadata.exists():
+            shutil.rmtree(metadata)
+        return todo
