@@ -1,0 +1,293 @@
+"""A video file (seekable, binary) -> uint8 (T, h, w, 3) frames of its first clip, upright, resized as they come.
+
+    container -> one stream -> decoded frames -> (seconds, frame) -> frames at the wanted fps -> RGB -> resize
+
+Decoding stops as soon as enough frames are there, and no more than one full-size frame is held. Only
+container formats that hold their own data are tried: a playlist can't make this open other files.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from diffusion_data.errors import Reason, RowRejected
+from diffusion_data.resize import ResizePlan
+from diffusion_data.truncation import is_cut_short
+
+if TYPE_CHECKING:
+    from diffusion_data.media import MediaConfig
+
+# No playlists, no image sequences, no devices; no raw streams either, whose probing takes noise for video.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,ivf,mxf,rm,nut,yuv4mpegpipe"
+
+# Where these are found, a file that can't be opened is a damaged video rather than something else.
+_SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "), (0, b"FLV\x01"),
+               (0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"\0\0\x01\xba"), (0, b"DKIF"), (0, b".RMF"))  # fmt: skip
+
+_ATTACHED_PICTURE, _DEFAULT_TRACK = 1 << 10, 1 << 0  # libavformat's disposition bits
+_FALLBACK_FPS = 25.0  # of a file with neither timestamps nor a rate
+
+
+class _DamagedFrame(Exception):
+    """The decoder itself says that a frame is not what was filmed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedVideo:
+    """pixels uint8 (T, h, w, 3); source sizes in pixels, as stored, after rotation."""
+
+    pixels: np.ndarray
+    fps: float
+    source_height: int
+    source_width: int
+
+
+def decode_video(
+    file: BinaryIO, config: MediaConfig, plan_for: Callable[[int, int], ResizePlan], num_frames: int
+) -> DecodedVideo:
+    """At most num_frames frames. plan_for(height, width) is asked once, for the upright display size."""
+    import av
+
+    file.seek(0)
+    head = file.read(16)
+    file.seek(0)
+    try:
+        # The file object is all that libav may read; its protocols and other containers are closed to it.
+        container = av.open(
+            file,
+            options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"},
+            metadata_errors="replace",
+        )
+    except (av.error.FFmpegError, ValueError) as error:
+        if not any(head[at : at + len(mark)] == mark for at, mark in _SIGNATURES):
+            raise RowRejected(Reason.not_media, "the content is neither a picture nor a video") from error
+        if isinstance(error, EOFError):
+            raise RowRejected(_truncated_or(Reason.no_frames, file), "it ends before its first frame") from error
+        raise _damaged(file, error) from error
+    with container:
+        stream = _best_stream(container)
+        if stream is None:
+            raise RowRejected(Reason.no_frames, "no video stream that can be decoded")
+        stream.thread_type = "NONE"  # one worker a core already
+        _check_pixels(stream.codec_context, config)
+        # Sizes may grow inside a stream. libav counts padding too, so the exact check is ours, in _decoded.
+        stream.codec_context.options = {"max_pixels": str(4 * config.max_pixels + 10**6)}
+        try:
+            decoded = _first_clip(stream, _decoded(container, stream, config), config.fps, plan_for, num_frames)
+        except (av.error.FFmpegError, EOFError, _DamagedFrame) as error:
+            raise _damaged(file, error) from error
+    if decoded is None:
+        raise RowRejected(_truncated_or(Reason.no_frames, file), "no frame in it")
+    if len(decoded.pixels) < num_frames and is_cut_short(file):
+        raise RowRejected(Reason.truncated, "the file ends in the middle of the video")
+    return decoded
+
+
+def _first_clip(
+    stream: Any,
+    frames: Iterable[Any],
+    fps: float | None,
+    plan_for: Callable[[int, int], ResizePlan],
+    num_frames: int,
+) -> DecodedVideo | None:
+    clock = FrameClock(float(stream.average_rate or stream.guessed_rate or _FALLBACK_FPS))
+    tolerance = min(0.001, float(stream.time_base or 0.001))  # timestamps are rounded to the time base
+    to_rgb = _RgbConverter()
+    plan: ResizePlan | None = None
+    seconds: list[float] = []
+    pixels: list[np.ndarray] = []
+    last_frame, height, width = None, 0, 0
+    for at_seconds, frame in frames_at(fps, clock.timed(frames), tolerance):
+        if frame is last_frame:
+            pixels.append(pixels[-1])
+        else:
+            upright = turn_upright(to_rgb(frame), display_matrix(frame))
+            if plan is None:
+                height, width = upright.shape[:2]
+                plan = plan_for(*_display_size(stream, frame, height, width))
+            pixels.append(plan.apply(upright[None])[0])
+            last_frame = frame
+        seconds.append(at_seconds)
+        if len(pixels) == num_frames:
+            break
+    if not pixels:
+        return None
+    measured = fps if fps is not None else clock.measured_fps(seconds)
+    return DecodedVideo(pixels=np.stack(pixels), fps=measured, source_height=height, source_width=width)
+
+
+class FrameClock:
+    """Decoded frames -> (seconds since the first, seconds shown, frame), seconds strictly increasing.
+
+    Frames without a timestamp, and timestamps that jump back (joined recordings), go on at the average rate.
+    """
+
+    def __init__(self, average_fps: float) -> None:
+        self.average_fps = average_fps
+
+    def timed(self, frames: Iterable[Any]) -> Iterator[tuple[float, float, Any]]:
+        """frames have .time and .duration (in .time_base), either of which may be None or 0."""
+        interval = 1.0 / self.average_fps
+        now, start = -interval, None
+        for frame in frames:
+            expected = now + interval
+            if frame.time is None:
+                now = expected
+            else:
+                if start is None or frame.time - start <= now:
+                    start = frame.time - expected
+                now = frame.time - start
+            shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else interval
+            yield now, shown, frame
+
+    def measured_fps(self, seconds: list[float]) -> float:
+        """The declared average rate, which is exact, unless the timestamps of this clip contradict it."""
+        if len(seconds) < 2 or seconds[-1] <= seconds[0]:
+            return self.average_fps
+        measured = (len(seconds) - 1) / (seconds[-1] - seconds[0])
+        return self.average_fps if abs(measured / self.average_fps - 1.0) < 0.05 else measured
+
+
+def frames_at(
+    fps: float | None, timed: Iterable[tuple[float, float, Any]], tolerance: float
+) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame shown at that time) for n / fps, n = 0, 1, ... until the video ends.
+
+    The frame shown is the last one that is not later, so a frame may come several times. fps None gives
+    every frame once.
+    """
+    count, previous, end = 0, None, 0.0
+    for seconds, shown, frame in timed:
+        if fps is None:
+            yield seconds, frame
+            continue
+        while previous is not None and count / fps < seconds - tolerance:
+            yield count / fps, previous
+            count += 1
+        previous, end = frame, seconds + shown
+    while fps is not None and previous is not None and count / fps < end - tolerance:
+        yield count / fps, previous
+        count += 1
+
+
+def display_matrix(frame: Any) -> tuple[int, ...] | None:
+    """The 3 x 3 matrix that phones write to say how the picture is to be turned."""
+    for side_data in frame.side_data:
+        if side_data.type.name == "DISPLAYMATRIX":
+            return struct.unpack("=9i", bytes(side_data)[:36])
+    return None
+
+
+def turn_upright(pixels: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
+    """pixels (H, W, 3) turned and mirrored in quarter turns, as the matrix (a b u, c d v, x y w) says."""
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = matrix[:5]
+    # The point (x, y) is shown at (a x + c y, b x + d y).
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        mirror_x, mirror_y = a < 0, d < 0
+    else:
+        pixels = pixels.transpose(1, 0, 2)
+        mirror_x, mirror_y = c < 0, b < 0
+    return pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1]
+
+
+class _RgbConverter:
+    """Decoded frame -> uint8 (H, W, 3), by the colour matrix and the range that the file declares."""
+
+    # libavutil's AVColorSpace -> libswscale's table.
+    _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        import av
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self._reformatter = VideoReformatter()
+        self._fast = int(Interpolation.BICUBIC)
+        accurate_rounding, full_chroma = 0x40000, 0x2000
+        self._exact = self._fast | accurate_rounding | full_chroma
+        self._before_17 = int(av.__version__.split(".")[0]) < 17
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        name = frame.format.name
+        if frame.format.is_rgb:
+            options = {}
+        else:
+            matrix = self._matrix(frame)
+            options = {
+                "src_colorspace": matrix,
+                "src_color_range": 2 if frame.color_range == 2 or name.startswith("yuvj") else 1,
+                "dst_color_range": 2,
+            }
+            if self._before_17:  # it ignores all of these unless the two spaces differ; RGB has none anyway
+                options["dst_colorspace"] = 1 if matrix == 5 else 5
+        # libswscale has a quick and right way for 8-bit 4:2:0; elsewhere its default loses up to 2 of 255.
+        flags = self._fast if name in ("yuv420p", "yuvj420p") else self._exact
+        if not self._before_17:
+            options["threads"] = 1
+        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=flags, **options)
+        return rgb.to_ndarray()
+
+    def _matrix(self, frame: Any) -> int:
+        declared = self._MATRICES.get(int(frame.colorspace))
+        if declared is not None:
+            return declared
+        # Undeclared: players take BT.709 for high definition and BT.601 below.
+        return 1 if frame.width >= 1280 or frame.height > 576 else 5
+
+
+def _best_stream(container: Any) -> Any:
+    """The default track before others, then the largest; never a cover picture. None if there is none."""
+    candidates = [
+        stream
+        for stream in container.streams.video
+        if stream.codec_context is not None and not stream.disposition.value & _ATTACHED_PICTURE
+    ]
+    return max(
+        candidates,
+        key=lambda stream: (
+            stream.disposition.value & _DEFAULT_TRACK,
+            stream.codec_context.width * stream.codec_context.height,
+            -stream.index,
+        ),
+        default=None,
+    )
+
+
+def _decoded(container: Any, stream: Any, config: MediaConfig) -> Iterator[Any]:
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            raise _DamagedFrame(f"the frame at {frame.time} s is damaged")
+        _check_pixels(frame, config)
+        yield frame
+
+
+def _check_pixels(sized: Any, config: MediaConfig) -> None:
+    if sized.width * sized.height > config.max_pixels:
+        raise RowRejected(
+            Reason.too_large,
+            f"{sized.width} x {sized.height} pixels, more than media.max_pixels={config.max_pixels}",
+        )
+
+
+def _display_size(stream: Any, frame: Any, height: int, width: int) -> tuple[int, int]:
+    """Upright (height, width) in square pixels, which old television formats do not store."""
+    aspect = getattr(frame, "sample_aspect_ratio", None) or stream.sample_aspect_ratio
+    if not aspect or aspect <= 0 or aspect == 1:
+        return height, width
+    if (frame.height, frame.width) == (height, width):
+        return height, max(1, round(width * aspect))
+    return max(1, round(height * aspect)), width
+
+
+def _damaged(file: BinaryIO, error: Exception) -> RowRejected:
+    return RowRejected(_truncated_or(Reason.decode_error, file), f"the video can't be decoded: {error}")
+
+
+def _truncated_or(reason: Reason, file: BinaryIO) -> Reason:
+    return Reason.truncated if is_cut_short(file) else reason

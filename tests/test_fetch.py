@@ -1,0 +1,379 @@
+"""Which references may be opened, and what exactly becomes of the others."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from diffusion_data import http_fetch
+from diffusion_data.errors import Reason, RowRejected
+from diffusion_data.fetch import Fetcher
+from diffusion_data.media import MediaConfig
+
+
+def fetch(reference: str, root: Path | str = "/nowhere", **options: Any) -> bytes:
+    with Fetcher(MediaConfig(**options), str(root)).open(reference) as file:
+        return file.read()
+
+
+def reason(reference: str, root: Path | str = "/nowhere", **options: Any) -> Reason:
+    with pytest.raises(RowRejected) as rejected:
+        fetch(reference, root, **options)
+    return rejected.value.reason
+
+
+# Local paths
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "a b.png").write_bytes(b"inside")
+    (tmp_path / "outside.png").write_bytes(b"outside")
+    (tmp_path / "data2").mkdir()
+    (tmp_path / "data2" / "c.png").write_bytes(b"beside")
+    return folder
+
+
+def test_paths_below_the_root_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = root / "images" / "a b.png"
+    for reference in ("images/a b.png", "./images/../images/a b.png", str(inside), inside.as_uri()):
+        assert fetch(reference, root) == b"inside"
+    assert fetch("images/a b.png", root.as_uri()) == b"inside"
+    monkeypatch.chdir(root)
+    assert fetch("a b.png", "images") == b"inside"
+
+
+def test_a_root_may_be_a_link_itself(root: Path) -> None:
+    link = root.parent / "link"
+    link.symlink_to(root)
+    assert fetch("images/a b.png", link) == b"inside"
+
+
+def test_paths_that_lead_out_are_forbidden(root: Path) -> None:
+    (root / "link.png").symlink_to(root.parent / "outside.png")
+    (root / "linked").symlink_to(root.parent)
+    outside = root.parent / "outside.png"
+    for reference in (
+        "../outside.png",
+        "images/../../outside.png",
+        "../data2/c.png",  # its name merely begins like the root's
+        "link.png",
+        "linked/outside.png",
+        str(outside),
+        outside.as_uri(),
+        "/etc/passwd",
+        "../no_such_file",  # whether it exists is not told either
+    ):
+        assert reason(reference, root) == Reason.forbidden_path
+
+
+def test_allowed_roots_widen_what_may_be_read(root: Path) -> None:
+    (root / "link.png").symlink_to(root.parent / "data2" / "c.png")
+    allowed = [str(root.parent / "data2")]
+    for reference in ("../data2/c.png", "link.png", str(root.parent / "data2" / "c.png")):
+        assert fetch(reference, root, allowed_roots=allowed) == b"beside"
+    assert reason("../outside.png", root, allowed_roots=allowed) == Reason.forbidden_path
+
+
+def test_missing_files_are_not_found(root: Path) -> None:
+    for reference in ("no.png", "images/a b.png/x", "n" * 300 + ".png"):
+        assert reason(reference, root) == Reason.not_found
+
+
+def test_only_regular_files_are_read_and_nothing_blocks(root: Path) -> None:
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as unix:
+        here = Path.cwd()
+        os.chdir(root)  # socket paths are short
+        try:
+            unix.bind("socket")
+        finally:
+            os.chdir(here)
+        for reference in ("fifo", "socket", "images", ".", "nul\0byte"):
+            assert reason(reference, root) == Reason.forbidden_path
+        assert reason("/dev/zero", root, allowed_roots=["/dev"]) == Reason.forbidden_path
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EACCES, Reason.forbidden_path), (errno.EIO, Reason.fetch_error)]
+)
+def test_refused_and_failing_reads_are_told_apart(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: Reason
+) -> None:
+    def fail(*args: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", fail)
+    assert reason("images/a b.png", root) == expected
+
+
+# Remote filesystems
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe("/bucket/data/a.png", b"remote")
+    filesystem.pipe("/bucket/secret.png", b"secret")
+    yield "memory://bucket/data"
+    filesystem.rm("/bucket", recursive=True)
+
+
+def test_relative_paths_below_a_remote_root_open(bucket: str) -> None:
+    assert fetch("a.png", bucket) == b"remote"
+    assert fetch(f"{bucket}/a.png", bucket) == b"remote"
+    assert fetch(f"{bucket}/a.png", "/nowhere", allowed_roots=[bucket]) == b"remote"
+
+
+def test_remote_rejects_are_exact(bucket: str) -> None:
+    assert reason("no.png", bucket) == Reason.not_found
+    assert reason("../secret.png", bucket) == Reason.forbidden_path
+    assert reason("/etc/passwd", bucket) == Reason.forbidden_path
+    assert reason("memory://bucket/secret.png", bucket) == Reason.forbidden_url
+    assert reason(f"{bucket}/../secret.png", bucket) == Reason.forbidden_url
+    assert reason("a.png", bucket, max_fetch_bytes=5) == Reason.too_large
+
+
+def test_failing_filesystem_is_a_fetch_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("the service is away")
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    assert reason("a.png", bucket) == Reason.fetch_error
+
+
+# URLs
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 5
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        name, _, argument = self.path.rpartition("/")[2].partition("_")
+        getattr(self, f"answer_{name.partition('?')[0]}")(argument)
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for header, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(header.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer_ok(self, argument: str) -> None:
+        self.answer(200, b"body")
+
+    def answer_status(self, argument: str) -> None:
+        self.answer(int(argument))
+
+    def answer_later(self, argument: str) -> None:
+        """Fails with the given status until the third request."""
+        count = sum(self.path == path for path in self.server.requests)  # type: ignore[attr-defined]
+        self.answer(int(argument)) if count < 3 else self.answer_ok("")
+
+    def answer_reset(self, argument: str) -> None:
+        if len(self.server.requests) < 3:  # type: ignore[attr-defined]
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self.answer_ok("")
+
+    def answer_short(self, argument: str) -> None:
+        self.answer(200, b"half", Content_Length="8")
+        self.close_connection = True
+
+    def answer_redirect(self, argument: str) -> None:
+        self.answer(302, Location=self.server.targets[argument])  # type: ignore[attr-defined]
+
+    def answer_slow(self, argument: str) -> None:
+        time.sleep(2)
+        self.close_connection = True
+
+    def answer_drip(self, argument: str) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        for _ in range(40):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+            time.sleep(0.05)
+
+    def answer_wait(self, argument: str) -> None:
+        self.answer(503, Retry_After=argument)
+
+    def answer_large(self, argument: str) -> None:
+        """1000 bytes, their number announced or not."""
+        if argument == "announced":
+            self.answer(200, b"x" * 1000)
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n\r\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(http_fetch, "BACKOFF_SECONDS", 0.01)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        web.daemon_threads = True
+        web.requests = []  # type: ignore[attr-defined]
+        web.targets = {}  # type: ignore[attr-defined]
+        web.url = f"http://127.0.0.1:{web.server_port}"  # type: ignore[attr-defined]
+        thread = threading.Thread(target=web.serve_forever, args=(0.01,))
+        thread.start()
+        yield web
+        web.shutdown()
+        thread.join()
+
+
+LOCAL: dict[str, Any] = {"allowed_hosts": ["127.0.0.1"], "fetch_timeout_seconds": 5.0}
+
+
+def test_url_is_fetched(server: Any) -> None:
+    assert fetch(f"{server.url}/ok", **LOCAL) == b"body"
+    assert fetch(f"{server.url}/ok".replace("http://", "HTTP://"), **LOCAL) == b"body"
+
+
+def test_fetcher_pickles_with_a_used_pool(server: Any) -> None:
+    fetcher = Fetcher(MediaConfig(**LOCAL), "/nowhere")
+    fetcher.open(f"{server.url}/ok").close()
+    assert pickle.loads(pickle.dumps(fetcher)).open(f"{server.url}/ok").read() == b"body"
+
+
+def test_relative_paths_below_an_http_root(server: Any) -> None:
+    assert fetch("sub dir/ok", f"{server.url}/data", fetch_timeout_seconds=5.0) == b"body"
+    assert server.requests == ["/data/sub%20dir/ok"]
+    assert reason("../ok", f"{server.url}/data") == Reason.forbidden_path
+
+
+@pytest.mark.parametrize(
+    ("status", "expected", "requests"),
+    [
+        (404, Reason.not_found, 1),
+        (410, Reason.not_found, 1),
+        (401, Reason.fetch_error, 1),
+        (403, Reason.fetch_error, 1),
+        (429, Reason.fetch_error, 3),
+        (500, Reason.fetch_error, 3),
+        (503, Reason.fetch_error, 3),
+    ],
+)
+def test_statuses_are_told_apart(server: Any, status: int, expected: Reason, requests: int) -> None:
+    assert reason(f"{server.url}/status_{status}", **LOCAL, fetch_retries=2) == expected
+    assert len(server.requests) == requests
+
+
+def test_passing_failures_are_retried(server: Any) -> None:
+    assert fetch(f"{server.url}/later_503", **LOCAL) == b"body"
+    assert fetch(f"{server.url}/later_429", **LOCAL) == b"body"
+    assert len(server.requests) == 6
+    server.requests.clear()
+    assert fetch(f"{server.url}/reset", **LOCAL) == b"body"
+    assert reason(f"{server.url}/later_500", **LOCAL, fetch_retries=0) == Reason.fetch_error
+
+
+def test_body_that_breaks_off_is_a_fetch_error(server: Any) -> None:
+    assert reason(f"{server.url}/short", **LOCAL, fetch_retries=1) == Reason.fetch_error
+    assert len(server.requests) == 2
+
+
+def test_nobody_listening_is_a_fetch_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_fetch, "BACKOFF_SECONDS", 0.01)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        assert reason(f"http://127.0.0.1:{unused.getsockname()[1]}/", **LOCAL) == Reason.fetch_error
+
+
+@pytest.mark.parametrize("path", ["slow", "drip"])
+def test_slow_servers_time_out_in_time(server: Any, path: str) -> None:
+    started = time.monotonic()
+    options = {**LOCAL, "fetch_timeout_seconds": 0.4}
+    assert reason(f"{server.url}/{path}", **options) == Reason.timeout
+    assert time.monotonic() - started < 1.5
+
+
+def test_asked_to_wait_longer_than_there_is_time_gives_up_at_once(server: Any) -> None:
+    started = time.monotonic()
+    assert reason(f"{server.url}/wait_600", **LOCAL) == Reason.fetch_error
+    assert time.monotonic() - started < 1
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("path", ["large_announced", "large_chunked"])
+def test_large_bodies_are_cut_off(server: Any, path: str) -> None:
+    assert reason(f"{server.url}/{path}", **LOCAL, max_fetch_bytes=999) == Reason.too_large
+    assert len(fetch(f"{server.url}/{path}", **LOCAL, max_fetch_bytes=1000)) == 1000
+
+
+def test_redirects_are_followed_and_checked_again(server: Any) -> None:
+    server.targets.update(
+        near="/ok",
+        loop="/redirect_loop",
+        file="file:///etc/passwd",
+        private=f"http://localhost:{server.server_port}/ok",
+    )
+    assert fetch(f"{server.url}/redirect_near", **LOCAL) == b"body"
+    assert reason(f"{server.url}/redirect_loop", **LOCAL) == Reason.fetch_error
+    assert reason(f"{server.url}/redirect_file", **LOCAL) == Reason.forbidden_url
+    assert reason(f"{server.url}/redirect_private", **LOCAL) == Reason.forbidden_url
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0",
+     "2130706433", "0x7f.1", "100.64.0.1", "[fe80::1]", "224.0.0.1"],
+)  # fmt: skip
+def test_hosts_that_are_not_public_are_forbidden(host: str) -> None:
+    assert reason(f"http://{host}/a.png") == Reason.forbidden_url
+
+
+def test_private_host_is_refused_without_a_connection(server: Any) -> None:
+    assert reason(f"{server.url}/ok") == Reason.forbidden_url
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://example.com/a.png", "gopher://example.com/", "http://", "http://[::1", "http://a b/", "s3://x/y"]
+)
+def test_other_schemes_and_broken_urls_are_forbidden(url: str) -> None:
+    assert reason(url) == Reason.forbidden_url
+
+
+def test_unknown_host_is_a_fetch_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: Any, **options: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(http_fetch, "BACKOFF_SECONDS", 0.01)
+    assert reason("http://no-such-host.example/a.png", fetch_retries=1) == Reason.fetch_error
+
+
+def test_proxy_of_the_environment_is_used(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert fetch("http://1.1.1.1/ok", fetch_timeout_seconds=5.0) == b"body"
+    assert server.requests == ["http://1.1.1.1/ok"]
+    assert reason("http://10.0.0.1/ok") == Reason.forbidden_url
