@@ -5,7 +5,6 @@ Order in is order out, so what is batched later depends on the rows alone, not o
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -18,6 +17,7 @@ from typing import TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from diffusion_data.errors import Reason
+from diffusion_data.process_server import process_context
 from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
 from diffusion_data.sources import Row
 
@@ -42,14 +42,11 @@ class DecodeWorkers:
 
     def __enter__(self) -> DecodeWorkers:
         if self._num_workers:
-            # forkserver: no fork of a process that holds CUDA and threads, yet imports are paid for once.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["diffusion_data.decode_workers"])
             self._pool = ProcessPool(
                 max_workers=self._num_workers,
                 initializer=_start_worker,
                 initargs=(self._decoder, os.getpid()),
-                context=context,
+                context=process_context(),
             )
         return self
 

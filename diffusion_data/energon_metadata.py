@@ -6,7 +6,6 @@ small dataset's splits empty. dataset.yaml is written last: a dataset that has i
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ import yaml
 
 from diffusion_data.distributed import usable_cpus
 from diffusion_data.durable_file import durable_file
+from diffusion_data.process_server import process_context
 from diffusion_data.shard_plan import assign_splits
 
 META_FOLDER = ".nv-meta"
@@ -56,7 +56,7 @@ def _index(dataset: Path, file_names: Sequence[str]) -> None:
     It forks workers, which a process with CUDA and threads must not, and it prints and exits as it likes.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        process = multiprocessing.get_context("spawn").Process(
+        process = process_context().Process(
             target=_index_in_process, args=(str(dataset), list(file_names), log.name)
         )
         process.start()

@@ -41,6 +41,7 @@ class Totals:
 
 def finish_dataset(
     output_dir: Path,
+    ledger: Ledger,
     shards: Sequence[Shard],
     split_ratio: Sequence[float],
     seed: int,
@@ -51,7 +52,7 @@ def finish_dataset(
     Raises:
         UserError: a shard has no ledger entry, or no row was written at all.
     """
-    entries = _all_entries(Ledger(output_dir), shards)
+    entries = _all_entries(ledger, shards)
     run = output_dir / "run"
     with durable_file(run / "rejected.jsonl") as file:
         for entry in entries:
@@ -90,9 +91,14 @@ def read_one_batch(output_dir: Path, split_ratio: Sequence[float]) -> None:
     if "train" not in asked_splits(split_ratio):
         return
     from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
+    from diffusion_data.parallel_ranks import DataParallel
 
     datamodule = DiffusionDataModule(
-        str(output_dir), micro_batch_size=1, global_batch_size=1, num_workers=0, pin_memory=False
+        str(output_dir),
+        global_batch_size=1,
+        num_workers=0,
+        pin_memory=False,
+        parallel=DataParallel(rank=0, size=1),  # only this rank reads, however many have written
     )
     next(iter(datamodule.train_dataloader()))
 

@@ -45,12 +45,17 @@ class LedgerEntry:
             )
 
 
-class Ledger:
-    """The entries in `<output>/run/ledger/`."""
+def ledger_folder(output_dir: Path) -> Path:
+    return output_dir / "run" / "ledger"
 
-    def __init__(self, output_dir: Path) -> None:
+
+class Ledger:
+    """The entries in `<output>/run/ledger/` of the run with this fingerprint."""
+
+    def __init__(self, output_dir: Path, fingerprint: str) -> None:
         self._output_dir = output_dir
-        self.folder = output_dir / "run" / "ledger"
+        self.fingerprint = fingerprint
+        self._folder = ledger_folder(output_dir)
 
     def write(self, entry: LedgerEntry) -> None:
         write_json(self._path(entry.shard), dataclasses.asdict(entry))
@@ -64,7 +69,7 @@ class Ledger:
             return None
         except (ValueError, TypeError):  # torn or not ours: its shard is made anew
             return None
-        if (entry.start, entry.stop) != (shard.start, shard.stop):
+        if (entry.start, entry.stop, entry.fingerprint) != (shard.start, shard.stop, self.fingerprint):
             return None
         if entry.file is not None:
             tar = self._output_dir / entry.file
@@ -73,4 +78,4 @@ class Ledger:
         return entry
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"shard_{shard:06d}.json"
+        return self._folder / f"shard_{shard:06d}.json"

@@ -32,8 +32,9 @@ from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, function_digest
 from diffusion_data.finish import Totals, finish_dataset, format_reasons, read_one_batch
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
-from diffusion_data.ledger import LedgerEntry
+from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.media import MediaConfig
+from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress
 from diffusion_data.resize import resampler
 from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder, resolve_process_func, takes_media
@@ -104,6 +105,7 @@ def prepare(config: PrepareConfig) -> Totals | None:
         UserError: whatever the user can mend; nothing that was finished is lost by it.
     """
     started = time.monotonic()
+    start_process_server()
     ranks = Ranks.connect()
     device = ranks.device(config.device)
     _set_up_torch(device)
@@ -118,14 +120,15 @@ def prepare(config: PrepareConfig) -> Totals | None:
     output_dir = Path(config.output_dir)
     if ranks.rank == 0:
         folder = RunFolder(output_dir)
-        digest = folder.open(_fingerprint(config, source, shards, tokenizer, text_encoder), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards)]
-        ranks.publish("plan", {"todo": todo, "fingerprint": digest})
+        ledger = folder.open(_fingerprint(config, source, shards, tokenizer, text_encoder), asdict(config))
+        todo = [shard.number for shard in folder.unfinished(shards, ledger)]
+        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
+    ledger = Ledger(output_dir, plan["fingerprint"])
     todo_shards = [shards[number] for number in plan["todo"]]
     if todo_shards:
         decoder = _row_decoder(config, tokenizer)
-        writer = ShardWriter(output_dir, plan["fingerprint"])
+        writer = ShardWriter(output_dir, ledger)
         pipeline = EncodePipeline(tokenizer, text_encoder, config.batching)
         _encode_shards(config, ranks, source, todo_shards, decoder, pipeline, writer)
     ranks.publish(f"finished/{ranks.rank}", True)
@@ -134,7 +137,7 @@ def prepare(config: PrepareConfig) -> Totals | None:
     for rank in range(ranks.world_size):
         ranks.receive(f"finished/{rank}")
     empty_caption = text_encoder.encode([""])[0]
-    totals = finish_dataset(output_dir, shards, config.split_ratio, config.seed, empty_caption)
+    totals = finish_dataset(output_dir, ledger, shards, config.split_ratio, config.seed, empty_caption)
     read_one_batch(output_dir, config.split_ratio)
     _print_summary(config, totals, sum(shard.num_rows for shard in todo_shards), time.monotonic() - started)
     return totals

@@ -66,11 +66,11 @@ class Progress:
         while True:
             stopping = self._stopped.wait(_SECONDS_BETWEEN_LINES)
             done, rejected = self._ranks.count(ROWS_DONE), self._ranks.count(ROWS_REJECTED)
-            rate = done / (time.monotonic() - started)
+            seconds = time.monotonic() - started
             finished = self._done_before + done
-            left = (self._total_rows - finished) / rate if rate else None
+            left = (self._total_rows - finished) * seconds / done if done else None
             print(
-                f"{finished}/{self._total_rows} rows, {rate:.1f} rows/s, "
+                f"{finished}/{self._total_rows} rows, {(done - rejected) / seconds:.1f} samples/s, "
                 f"{format_seconds(left)} left, {rejected} rejected",
                 file=self._stream,
                 flush=True,
@@ -80,7 +80,7 @@ class Progress:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """1:02:03; "unknown" for None."""
+    """1:02:03, or "unknown time" for None."""
     if seconds is None:
         return "unknown time"
     minutes, rest = divmod(round(seconds), 60)

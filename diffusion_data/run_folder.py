@@ -13,7 +13,7 @@ from diffusion_data.durable_file import durable_file, remove_partial_files
 from diffusion_data.energon_metadata import META_FOLDER
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
-from diffusion_data.ledger import Ledger
+from diffusion_data.ledger import Ledger, ledger_folder
 from diffusion_data.shard_plan import Shard
 
 
@@ -23,33 +23,32 @@ class RunFolder:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self.run = output_dir / "run"
-        self.ledger = Ledger(output_dir)
 
-    def open(self, fingerprint: dict[str, Any], config: dict[str, Any]) -> str:
-        """Start or continue here; returns the fingerprint's digest.
+    def open(self, fingerprint: dict[str, Any], config: dict[str, Any]) -> Ledger:
+        """Start or continue here; returns the run's ledger.
 
         Raises:
             UserError: the folder holds something else, or a run with other settings, or can't be written.
         """
         try:
-            self.ledger.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             if not self.run.is_dir() and any(self.output_dir.iterdir()):
                 raise UserError(
                     f"output_dir: {self.output_dir} is not empty and holds no run of this tool; choose another"
                 )
-            self.ledger.folder.mkdir(parents=True, exist_ok=True)
+            ledger_folder(self.output_dir).mkdir(parents=True, exist_ok=True)
             check_or_write_fingerprint(self.run / "fingerprint.json", fingerprint)
-            for folder in (self.output_dir, self.run, self.ledger.folder):
+            for folder in (self.output_dir, self.run, ledger_folder(self.output_dir)):
                 remove_partial_files(folder)
             with durable_file(self.run / "config.yaml") as file:
                 file.write(yaml.safe_dump(config, sort_keys=False).encode())
         except OSError as error:
             raise UserError(f"output_dir: can't write to {self.output_dir}: {error}") from error
-        return fingerprint_digest(fingerprint)
+        return Ledger(self.output_dir, fingerprint_digest(fingerprint))
 
-    def unfinished(self, shards: Sequence[Shard]) -> list[Shard]:
+    def unfinished(self, shards: Sequence[Shard], ledger: Ledger) -> list[Shard]:
         """Shards without a valid ledger entry. If there are any, the metadata of an earlier end goes."""
-        todo = [shard for shard in shards if self.ledger.read(shard) is None]
+        todo = [shard for shard in shards if ledger.read(shard) is None]
         metadata = self.output_dir / META_FOLDER
         if todo and metadata.exists():
             shutil.rmtree(metadata)

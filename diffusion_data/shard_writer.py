@@ -17,12 +17,11 @@ from diffusion_data.row_decoder import RejectedRow
 
 
 class ShardWriter:
-    """Writes shards of the run with this fingerprint into `output_dir`."""
+    """Writes shards into `output_dir` and enters them in the run's ledger."""
 
-    def __init__(self, output_dir: Path, fingerprint: str) -> None:
+    def __init__(self, output_dir: Path, ledger: Ledger) -> None:
         self._output_dir = output_dir
-        self._fingerprint = fingerprint
-        self._ledger = Ledger(output_dir)
+        self._ledger = ledger
 
     def write(self, encoded: EncodedShard) -> LedgerEntry:
         """Write the samples in row order. A shard without a sample gets a ledger entry but no tar."""
@@ -54,7 +53,7 @@ class ShardWriter:
             sha256=file.sha256 if written else None,
             written=written,
             captions_cut=encoded.captions_cut,
-            fingerprint=self._fingerprint,
+            fingerprint=self._ledger.fingerprint,
             rejected=[row.to_json() for row in rejected],
             stats=stats.to_json(),
             stage_seconds=encoded.times.seconds(),

@@ -57,7 +57,8 @@ class SourceFile:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> SourceFile:
         """The file again, from its `asdict` that went through json: lists become tuples."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        lists = {name: tuple(fields[name]) for name in ("row_group_rows", "columns")}
+        return cls(**{**fields, **lists})
 
     @property
     def folder(self) -> str:

@@ -1,0 +1,88 @@
+"""Import is free, and the offline and the online half share only what the design says."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusion_data
+
+PACKAGE = Path(diffusion_data.__file__).parent
+ONLINE = {
+    "dataset_folder",
+    "diffusion_energon_datamodule",
+    "diffusion_fake_datamodule",
+    "diffusion_sample",
+    "diffusion_taskencoder",
+    "energon_loaders",
+    "epoch_shuffle",
+    "loader_state",
+    "parallel_ranks",
+    "safe_decoder",
+    "skip_counts",
+}
+SHARED = {"assets", "command_line", "errors", "latent_sample", "patchify"}
+
+
+def imports_of(module: str, everywhere: bool = True) -> set[str]:
+    """Modules of this package that `module` imports: anywhere in it, or only when it is imported itself."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[1] for name in names if name.startswith("diffusion_data.")}
+
+
+def modules() -> set[str]:
+    return {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = """
+import sys, diffusion_data
+heavy = {"torch", "numpy", "megatron", "lightning", "transformers", "diffusers", "av", "pyarrow"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_every_module_loads_no_model_device_or_process_group() -> None:
+    names = sorted(modules() - ONLINE)
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module("diffusion_data." + name)
+import torch
+assert not torch.cuda.is_initialized()
+assert not torch.distributed.is_initialized()
+loaded = {{"megatron.energon", "lightning", "diffusers"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_can_be_had_from_the_package() -> None:
+    for name in diffusion_data.__all__:
+        assert getattr(diffusion_data, name).__name__ == name
+
+
+def test_the_online_half_needs_nothing_of_the_offline_half() -> None:
+    assert ONLINE <= modules()
+    for module in ONLINE:
+        assert imports_of(module) <= ONLINE | SHARED, module
+
+
+def test_the_offline_half_needs_the_online_half_only_to_read_back_what_it_made() -> None:
+    for module in modules() - ONLINE:
+        used = imports_of(module) & ONLINE
+        if module == "finish":
+            assert used == {"diffusion_energon_datamodule", "parallel_ranks"}
+            assert not imports_of(module, everywhere=False) & ONLINE
+        else:
+            assert not used, module
+
+
+def test_the_shared_modules_stand_on_their_own() -> None:
+    for module in SHARED - {"assets"}:
+        assert imports_of(module) <= SHARED, module
