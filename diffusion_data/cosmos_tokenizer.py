@@ -1,0 +1,272 @@
+"""frames uint8 (B, T, H, W, 3) -> latents bfloat16 (B, 16, t, h, w), raw, and back to frames.
+
+The network is diffusers' AutoencoderKLCosmos. Its weights come from a bundled name, a local folder or the hub, in
+the hub's layout (encoder.jit, decoder.jit) or in diffusers' (config.json, *.safetensors, maybe under vae/).
+Causal in time: T = 1 + k * temporal_compression frames give t = 1 + k latent frames; a picture is T = 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_data.cosmos_checkpoint import decoder_config, encoder_config, state_dict_for_diffusers
+from diffusion_data.errors import UserError
+from diffusion_data.torchscript_weights import read_torchscript_weights
+
+Network = Any
+"""diffusers' AutoencoderKLCosmos: untyped, and imported only when one is built."""
+
+SAFETENSORS = "diffusion_pytorch_model.safetensors"
+LAYOUTS = (
+    ("encoder.jit", "decoder.jit"),
+    ("config.json", SAFETENSORS),
+    ("vae/config.json", f"vae/{SAFETENSORS}"),
+)
+"""The files of a tokenizer, in the hub's layout and in the two of diffusers."""
+
+PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
+    "CV8x8x8": {},
+    "CV4x8x8": {
+        "encoder_block_out_channels": (128, 256, 512),
+        "decode_block_out_channels": (256, 512, 512),
+        "temporal_compression_ratio": 4,
+    },
+    "CV8x16x16": {"spatial_compression_ratio": 16},
+    "CV4x8x8-360p": {"patch_size": 2, "temporal_compression_ratio": 4},
+}
+"""What sets each published network apart from the defaults of AutoencoderKLCosmos."""
+
+
+class CosmosTokenizer:
+    """A causal video autoencoder with 16 latent channels; frozen, in eval mode, on one device."""
+
+    def __init__(
+        self,
+        network: Network,
+        name: str,
+        weight_files: list[Path],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(f"the Cosmos tokenizer can't compute in {self.dtype} on a CPU: leave the dtype out")
+        # not network.to: diffusers' own warns about float32 modules even where there are none
+        self.network = torch.nn.Module.to(network, self.device, self.dtype)
+        self.network.eval().requires_grad_(False)
+        self.name = name
+        self.weight_files = weight_files
+        """What the latents depend on: the same list with and without the decoder."""
+        self.temporal_compression: int = network.config.temporal_compression_ratio
+        self.spatial_compression: int = network.config.spatial_compression_ratio
+        self.latent_channels: int = network.config.latent_channels
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        cache_dir: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        decoder: bool = True,
+    ) -> CosmosTokenizer:
+        """Load by bundled name, folder, or hub name (older names too).
+
+        cache_dir: where the hub's files are kept, instead of huggingface_hub's default.
+        dtype: of the computation; bfloat16 on CUDA and float32 on the CPU unless given.
+        decoder: False saves reading decoder.jit where nothing will be decoded.
+        """
+        name, folder = _find(name_or_path, cache_dir, decoder)
+        if all((folder / file).is_file() for file in _needed(LAYOUTS[0], decoder)):
+            network, weight_files = _load_jit(folder, decoder)
+        else:
+            network, weight_files = _load_diffusers(folder)
+        return cls(network, name, weight_files, device, dtype)
+
+    @classmethod
+    def random_weights(
+        cls,
+        variant: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> CosmosTokenizer:
+        """A published network ("CV4x8x8", ...) of the right size without its weights, for measuring speed."""
+        if variant not in PUBLISHED_CONFIGS:
+            raise UserError(f"no such variant: {variant}; there are {', '.join(PUBLISHED_CONFIGS)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _new_network(PUBLISHED_CONFIGS[variant])
+        return cls(network, f"random-{variant}", [], device, dtype)
+
+    @torch.inference_mode()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames uint8 (B, T, H, W, 3) on any device -> latents bfloat16 (B, 16, t, h, w) on this device."""
+        self._check_frames(frames)
+        pixels = scale_pixels(frames.to(self.device, non_blocking=True), self.dtype)
+        return self.network.encode(pixels).latent_dist.mode().to(torch.bfloat16)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents (B, 16, t, h, w) of any float dtype -> frames uint8 (B, T, H, W, 3) on this device."""
+        if self.network.decoder is None:
+            raise ValueError("this tokenizer was loaded with decoder=False")
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"expected latents (B, {self.latent_channels}, t, h, w), got {tuple(latents.shape)}")
+        pixels = self.network.decode(latents.to(self.device, self.dtype)).sample
+        pixels = pixels.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 4, 1).contiguous()
+
+    def _check_frames(self, frames: torch.Tensor) -> None:
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
+            raise ValueError(f"expected frames uint8 (B, T, H, W, 3), got {frames.dtype} {tuple(frames.shape)}")
+        _, num_frames, height, width, _ = frames.shape
+        if num_frames % self.temporal_compression != 1 % self.temporal_compression:
+            raise ValueError(f"expected 1 + k * {self.temporal_compression} frames, got {num_frames}")
+        if min(height, width) < 1 or height % self.spatial_compression or width % self.spatial_compression:
+            raise ValueError(
+                f"expected height and width to be multiples of {self.spatial_compression}, got {height}x{width}"
+            )
+
+
+def scale_pixels(frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 (B, T, H, W, 3) in [0, 255] -> dtype (B, 3, T, H, W) in [-1, 1]: one pass, computed in float32."""
+    channels_first = frames.permute(0, 4, 1, 2, 3)
+    pixels = torch.empty(channels_first.shape, dtype=dtype, device=frames.device)
+    return torch.add(torch.tensor(-1.0), channels_first, alpha=1 / 127.5, out=pixels)
+
+
+def hub_name(name: str) -> str:
+    """The name on the hub; older names and names without their owner are mapped, others returned as they are."""
+    owner, _, model = name.rpartition("/")
+    if owner not in ("", "nvidia"):
+        return name
+    if match := re.fullmatch(r"(?:Cosmos-Tokenizer-CV|CosmosCausalCV_f)(\d+x\d+x\d+)", model):
+        return f"nvidia/Cosmos-0.1-Tokenizer-CV{match[1]}"
+    return f"nvidia/{model}" if model.startswith("Cosmos-") else name
+
+
+def _find(name_or_path: str | Path, cache_dir: str | Path | None, decoder: bool) -> tuple[str, Path]:
+    """Name and the local folder that holds the files of one of LAYOUTS."""
+    from diffusion_data.assets import bundled
+
+    name = str(name_or_path)
+    folder = bundled(name) or Path(name).expanduser()
+    if folder.is_dir():
+        return name, _folder_of_layout(folder, decoder)
+    repo = hub_name(name)
+    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        return repo, _download(repo, cache_dir, decoder)
+    raise UserError(
+        f"no such model: {name} is neither bundled, nor a folder, nor a name on the hub "
+        f"(owner/model); {_looked_for(decoder)}"
+    )
+
+
+def _needed(layout: tuple[str, str], decoder: bool) -> tuple[str, ...]:
+    return layout if decoder or layout[0] != "encoder.jit" else layout[:1]
+
+
+def _looked_for(decoder: bool) -> str:
+    jit = "encoder.jit and decoder.jit" if decoder else "encoder.jit"
+    return f"looked for {jit}, or config.json and {SAFETENSORS} (also under vae/)"
+
+
+def _folder_of_layout(folder: Path, decoder: bool) -> Path:
+    for layout in LAYOUTS:
+        if all((folder / file).is_file() for file in _needed(layout, decoder)):
+            return (folder / layout[0]).parent
+    raise UserError(f"no tokenizer in {folder}: {_looked_for(decoder)}")
+
+
+def _download(name: str, cache_dir: str | Path | None, decoder: bool) -> Path:
+    """Folder in the hub's cache with the files of the first of LAYOUTS that is there; only they are fetched.
+
+    The cache comes first: a resumed run gets the weights that it began with, and works without network.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    def fetch(layout: tuple[str, str], cached: bool) -> Path:
+        files = [
+            hf_hub_download(name, file, cache_dir=cache_dir, local_files_only=cached)
+            for file in _needed(layout, decoder)
+        ]
+        return Path(files[0]).parent
+
+    for layout in LAYOUTS:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            return fetch(layout, cached=True)
+    page = f"https://huggingface.co/{name}"
+    try:
+        for layout in LAYOUTS:
+            with contextlib.suppress(errors.RemoteEntryNotFoundError):
+                return fetch(layout, cached=False)
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name} is locked: accept its terms at {page}, then hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"no such model: {name} is neither a folder nor on the hub ({page}; a private one needs hf auth login); "
+            f"{_looked_for(decoder)}"
+        ) from error
+    except (errors.HTTPError, OSError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"can't fetch {name} from the hub ({cause}): give a folder that has its files, or a cache_dir that has "
+            f"them already; {_looked_for(decoder)}"
+        ) from error
+    raise UserError(f"no tokenizer in {page}: {_looked_for(decoder)}")
+
+
+def _new_network(config: dict[str, Any]) -> Network:
+    from diffusers import AutoencoderKLCosmos
+
+    # Latents stay raw: diffusers' default statistics belong to one checkpoint.
+    return AutoencoderKLCosmos(**{**config, "latents_mean": None, "latents_std": None})
+
+
+def _load_jit(folder: Path, decoder: bool) -> tuple[Network, list[Path]]:
+    encoder_file, decoder_file = folder / "encoder.jit", folder / "decoder.jit"
+    encoder_weights = read_torchscript_weights(encoder_file)
+    config = encoder_config(encoder_weights)
+    levels = len(config["encoder_block_out_channels"]) - 1
+    files = [(encoder_file, encoder_weights, ("encoder.", "quant_conv."))]
+    if decoder:
+        decoder_weights = read_torchscript_weights(decoder_file)
+        config.update(decoder_config(decoder_weights))
+        files.append((decoder_file, decoder_weights, ("decoder.", "post_quant_conv.")))
+    else:  # built only to be removed, so as small as it can be
+        config["decode_block_out_channels"] = (1,) * (levels + 1)
+    network = _new_network(config)
+    if not decoder:
+        network.decoder = network.post_quant_conv = None
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    state_dict = {}
+    for file, weights, prefixes in files:
+        expected = {key: shape for key, shape in shapes.items() if key.startswith(prefixes)}
+        state_dict.update(state_dict_for_diffusers(weights, levels, expected, str(file)))
+    network.load_state_dict(state_dict)
+    return network, [encoder_file]
+
+
+def _load_diffusers(folder: Path) -> tuple[Network, list[Path]]:
+    from diffusers import AutoencoderKLCosmos
+
+    config_file, weights_file = folder / "config.json", folder / SAFETENSORS
+    class_name = json.loads(config_file.read_text()).get("_class_name")
+    if class_name != "AutoencoderKLCosmos":
+        raise UserError(f"{config_file} describes a {class_name}, expected an AutoencoderKLCosmos")
+    network = AutoencoderKLCosmos.from_pretrained(
+        folder,
+        use_safetensors=True,  # never a pickle
+        low_cpu_mem_usage=False,
+        latents_mean=None,  # raw latents, whichever statistics the folder has
+        latents_std=None,
+    )
+    return network, [config_file, weights_file]
