@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
-from diffusion_data.encode_pipeline import BatchingConfig, EncodePipeline
+from diffusion_data.encode_pipeline import EncodePipeline
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, function_digest
 from diffusion_data.finish import Totals, finish_dataset, format_reasons, read_one_batch
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
-from diffusion_data.media import MediaConfig
+from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress
 from diffusion_data.resize import resampler
@@ -41,61 +41,12 @@ from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder, reso
 from diffusion_data.run_folder import RunFolder
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
-from diffusion_data.sources import ParquetSource, SourceConfig, SourceFile
+from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
 _SECONDS_BETWEEN_COUNTS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """name: a bundled tokenizer (tiny-cosmos), a name on the Hugging Face hub, or a folder."""
-
-    name: str
-    cache_dir: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """name: a bundled encoder (tiny-t5), a name on the Hugging Face hub, or a folder.
-
-    max_length: tokens; what a caption has beyond is cut, and counted.
-    """
-
-    name: str
-    cache_dir: str | None = None
-    max_length: int = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Options of the job; configs/prepare.yaml has their defaults.
-
-    process_func: `_target_` and the function's arguments
-    metadata_columns: columns whose values go into each sample's json
-    samples_per_shard: rows of a shard; None chooses by the number of rows
-    split_ratio: weights of train, val, test; by shard
-    num_workers: decode processes a rank; None shares the node's processors out, 0 decodes in line
-    seed: of the shuffle that spreads shards over splits
-    max_reject_rate: share of rejected rows that stops the run
-    """
-
-    output_dir: str
-    source: SourceConfig
-    process_func: dict[str, Any]
-    metadata_columns: tuple[str, ...]
-    samples_per_shard: int | None
-    split_ratio: tuple[float, ...]
-    num_workers: int | None
-    seed: int
-    max_reject_rate: float
-    media: MediaConfig
-    tokenizer: TokenizerConfig
-    text_encoder: TextEncoderConfig
-    batching: BatchingConfig
-    device: str
 
 
 def prepare(config: PrepareConfig) -> Totals | None:

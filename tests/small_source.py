@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.media import MediaConfig
-from diffusion_data.prepare_energon_dataset import PrepareConfig, TextEncoderConfig, TokenizerConfig
+from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, TokenizerConfig
 from diffusion_data.sources import SourceConfig
 
 
@@ -43,10 +43,8 @@ def source_rows(num_rows: int) -> list[dict[str, Any]]:
     """Pictures of two shapes, every seventh row a clip; captions of different lengths, some of them twice."""
     rows = []
     for number in range(num_rows):
-        if number % 7 == 3:
-            media = clip_bytes(number)
-        else:
-            media = picture_bytes(number, width=64 if number % 3 else 48)
+        width = 64 if number % 3 else 48
+        media = clip_bytes(number) if number % 7 == 3 else picture_bytes(number, width=width)
         caption = f"picture {'very ' * (number % 5)}nice"
         rows.append({"media": {"bytes": media, "path": None}, "caption": caption, "score": number / 10})
     return rows

@@ -79,9 +79,7 @@ def decode_one(value: dict[str, Any], **options: Any) -> DecodedRow | RejectedRo
 
 
 def test_a_row_becomes_frames_caption_and_metadata() -> None:
-    done = decode_one(
-        {"value": 7, "score": 0.5}, metadata_columns=("score",), arguments={"suffix": "!"}
-    )
+    done = decode_one({"value": 7, "score": 0.5}, metadata_columns=("score",), arguments={"suffix": "!"})
     assert isinstance(done, DecodedRow)
     assert done.pixels.shape == (1, 32, 48, 3)
     assert (done.pixels == 7).all()
@@ -171,8 +169,7 @@ def test_a_row_that_kills_its_worker_is_rejected_and_the_others_are_not_lost(tmp
     flag = str(tmp_path / "flag")
     with DecodeWorkers(decoder(), 1) as workers:
         results = [
-            result
-            for _, result in workers.map(rows({}, {"does": "kill"}, {}, {"does": "kill once", "flag": flag}, {}))
+            result for _, result in workers.map(rows({}, {"does": "kill"}, {}, {"does": "kill once", "flag": flag}, {}))
         ]
     assert [type(result).__name__ for result in results] == [
         "DecodedRow",

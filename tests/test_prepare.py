@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import tarfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample
 from diffusion_data.media import MediaConfig
-from diffusion_data.prepare_energon_dataset import TextEncoderConfig, prepare
+from diffusion_data.prepare_config import TextEncoderConfig
+from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.t5_text_encoder import T5TextEncoder
+from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
 
 
 def read_samples(dataset: Path) -> list[LatentSample]:
@@ -58,9 +61,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_row_is_written_or_rejected_and_keys_are_row_numbers(prepared: Path) -> None:
     samples = read_samples(prepared)
-    assert [sample.key for sample in samples] == [
-        f"samples/sample_{row:09d}" for row in range(15) if row not in (5, 6)
-    ]
+    assert [sample.key for sample in samples] == [f"samples/sample_{row:09d}" for row in range(15) if row not in (5, 6)]
     rejected = [json.loads(line) for line in (prepared / "run/rejected.jsonl").read_text().splitlines()]
     assert [(row["row"], row["reason"], row["source_row"], row["score"]) for row in rejected] == [
         (5, "truncated", 5, 0.5),
@@ -115,8 +116,6 @@ def test_the_ledger_accounts_for_each_shard(prepared: Path) -> None:
     ]
     for entry in entries:
         raw = (prepared / entry["file"]).read_bytes()
-        import hashlib
-
         assert (entry["num_bytes"], entry["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
 
 
@@ -144,7 +143,7 @@ def test_energon_metadata_names_the_shards_of_each_split(prepared: Path) -> None
     }
     splits = yaml.safe_load((prepared / ".nv-meta/split.yaml").read_text())["split_parts"]
     assert sorted(len(files) for files in splits.values()) == [1, 1, 2]
-    assert sorted(sum(splits.values(), [])) == sorted(path.name for path in prepared.glob("*.tar"))
+    assert sorted(chain.from_iterable(splits.values())) == sorted(path.name for path in prepared.glob("*.tar"))
     info = json.loads((prepared / ".nv-meta/.info.json").read_text())
     assert sum(info["shard_counts"].values()) == 13
 

@@ -72,7 +72,9 @@ def test_the_datamodule_lines_give_the_batch_they_describe(
     monkeypatch.chdir(sample_dataset.parent)
     names: dict[str, dict[str, object]] = {}
     exec(code_block("python", "DiffusionDataModule"), names)
-    described = set(re.findall(r"``(\w+)``", README[README.index("``batch`` is a dict") :].split("Both datamodules")[0]))
+    described = set(
+        re.findall(r"``(\w+)``", README[README.index("``batch`` is a dict") :].split("Both datamodules")[0])
+    )
     assert set(names["batch"]) == described - {"batch"}
 
 

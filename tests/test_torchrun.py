@@ -61,9 +61,7 @@ def test_a_users_mistake_is_told_once_and_in_one_line(tmp_path: Path) -> None:
         (["source.path={source}", "output_dir=out", "device=tpu"], "device: expected auto, cpu or cuda"),
     ],
 )
-def test_without_torchrun_a_mistake_is_one_line_and_no_more(
-    tmp_path: Path, options: list[str], said: str
-) -> None:
+def test_without_torchrun_a_mistake_is_one_line_and_no_more(tmp_path: Path, options: list[str], said: str) -> None:
     source = write_source(tmp_path / "source.parquet", source_rows(2))
     failed = subprocess.run(
         [sys.executable, SCRIPT, *OPTIONS, *(option.format(source=source) for option in options)],
