@@ -86,21 +86,21 @@ class DecodeWorkers:
 
     def _result(self, row: Row, future: Future) -> DecodedRow | RejectedRow:
         assert self._pool is not None
-        for _ in range(_TRIES - 1):
+        deaths = 0
+        while True:
             try:
                 return future.result()
-            except ProcessExpired:
-                future = self._pool.schedule(_decode_in_worker, args=[row])
-        try:
-            return future.result()
-        except ProcessExpired as death:
-            return RejectedRow(
-                row=row.index,
-                source_file=row.source_file,
-                source_row=row.source_row,
-                reason=Reason.worker_killed,
-                message=f"its worker died {_TRIES} times, last with exit code {death.exitcode}",
-            )
+            except ProcessExpired as death:
+                deaths += 1
+                if deaths == _TRIES:
+                    return RejectedRow(
+                        row=row.index,
+                        source_file=row.source_file,
+                        source_row=row.source_row,
+                        reason=Reason.worker_killed,
+                        message=f"its worker died {_TRIES} times, last with exit code {death.exitcode}",
+                    )
+            future = self._pool.schedule(_decode_in_worker, args=[row])
 
 
 _decode: Callable[[Row], DecodedRow | RejectedRow]

@@ -56,9 +56,7 @@ def _index(dataset: Path, file_names: Sequence[str]) -> None:
     It forks workers, which a process with CUDA and threads must not, and it prints and exits as it likes.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        process = process_context().Process(
-            target=_index_in_process, args=(str(dataset), list(file_names), log.name)
-        )
+        process = process_context().Process(target=_index_in_process, args=(str(dataset), list(file_names), log.name))
         process.start()
         process.join()
         if process.exitcode != 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.small_source import picture_bytes
 
 REPOSITORY = Path(__file__).parent.parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from diffusion_data.errors import UserError
@@ -13,7 +15,7 @@ def sizes(num_rows: int, samples_per_shard: int | None, ratio: tuple[float, ...]
     assert [shard.number for shard in shards] == list(range(len(shards)))
     assert shards[0].start == 0
     assert shards[-1].stop == num_rows
-    assert all(a.stop == b.start for a, b in zip(shards, shards[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(shards))
     return [shard.num_rows for shard in shards]
 
 

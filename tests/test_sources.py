@@ -98,7 +98,7 @@ def test_a_missing_column_is_named_with_the_option_and_the_columns_there_are(thr
 
 
 def test_nothing_there_is_an_error_that_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing at .*missing"):
+    with pytest.raises(UserError, match=r"nothing at .*missing"):
         ParquetSource.open(str(tmp_path / "missing"))
     (tmp_path / "readme.md").write_text("")
     with pytest.raises(UserError, match=r"no \.parquet file in"):

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.small_source import prepare_config, source_rows, write_source
-from tests.test_prepare import tar_bytes
 
 from diffusion_data.prepare_energon_dataset import prepare
+from tests.small_source import prepare_config, source_rows, write_source
+from tests.test_prepare import tar_bytes
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "scripts" / "prepare_energon_dataset.py")

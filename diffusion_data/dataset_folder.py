@@ -1,0 +1,162 @@
+"""A dataset folder -> how many samples each split has, checked before energon opens it.
+
+energon builds whatever class `.nv-meta/dataset.yaml` names, with whatever arguments, python files among
+them. So its files may hold only what a dataset of latents needs; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import braceexpand
+import yaml
+from megatron.energon.epathlib import EPath
+from megatron.energon.eyaml import load_yaml
+
+from diffusion_data.errors import UserError
+
+_META = ".nv-meta"
+_HOW_TO_MAKE_ONE = "make one with scripts/prepare_energon_dataset.py, or run `energon prepare` on its shards"
+_DATASET_FIELDS = {"__module__", "__class__", "subflavors"}
+_INFO_FIELDS = {"energon_version", "shard_counts"}
+_SPLIT_FIELDS = {"split_parts", "exclude"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFolder:
+    """What a checked dataset holds."""
+
+    path: EPath
+    samples: dict[str, int]
+    """Samples of each split."""
+    identity: str
+    """Equal for a copy of the dataset elsewhere, different for another dataset."""
+
+
+def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
+    """Check that `path` is a dataset folder that is complete and safe to open.
+
+    Raises:
+        UserError: it is not; the message says what is missing or forbidden, and what to do.
+    """
+    text = str(path)
+    if "://" in text and not text.startswith("msc://"):
+        raise UserError(f"{text}: remote datasets are read as msc://profile/path, not as {text.split(':')[0]}://")
+    root = EPath(text)
+    if root.is_local() and not root.is_dir():
+        what = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"{text} {what}; data.path must be a dataset folder: {_HOW_TO_MAKE_ONE}")
+    _check_class(root)
+    info = _read(root, ".info.json", ".info.yaml", allowed=_INFO_FIELDS)
+    split = _read(root, "split.yaml", "split.json", allowed=_SPLIT_FIELDS)
+    counts = _mapping(info.get("shard_counts"), root, "shard_counts")
+    parts = _mapping(split.get("split_parts"), root, "split_parts")
+    excluded = set(_expand(split.get("exclude") or [], root))
+    shards = {
+        name: [shard for shard in _expand(listed or [], root) if shard not in excluded]
+        for name, listed in parts.items()
+    }
+    _check_shards(root, shards, counts)
+    return DatasetFolder(
+        path=root,
+        samples={name: sum(counts[shard] for shard in listed) for name, listed in shards.items()},
+        identity=_identity(root, shards, counts),
+    )
+
+
+def read_stats(folder: DatasetFolder) -> dict[str, Any] | None:
+    """`run/stats.json` of the dataset; None where its writer left none."""
+    file = folder.path / "run" / "stats.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _check_class(root: EPath) -> None:
+    fields = _read(root, "dataset.yaml", allowed=_DATASET_FIELDS)
+    named = (fields.get("__module__"), fields.get("__class__"))
+    if named != ("megatron.energon", "CrudeWebdataset"):
+        raise UserError(
+            f"{root}/{_META}/dataset.yaml names the class {named[0]}.{named[1]}; only "
+            f"megatron.energon.CrudeWebdataset is opened. Prepare the dataset again with that sample type"
+        )
+    subflavors = fields.get("subflavors") or {}
+    if not isinstance(subflavors, Mapping) or any(
+        str(name).startswith("__") or not isinstance(value, str | int | float | bool | None)
+        for name, value in subflavors.items()
+    ):
+        raise UserError(f"{root}/{_META}/dataset.yaml: subflavors may hold only names and plain values")
+
+
+def _read(root: EPath, *names: str, allowed: set[str]) -> dict[str, Any]:
+    """The first of the files `names` that is there."""
+    for name in names:
+        file = root / _META / name
+        if file.is_file():
+            break
+    else:
+        raise UserError(f"{root} is not a dataset: it has no {_META}/{names[0]}; {_HOW_TO_MAKE_ONE}")
+    raw = file.read_bytes()
+    try:
+        # energon's parser and the usual one may read a crafted file differently: both must agree.
+        readings = [json.loads(raw)] if name.endswith(".json") else [_safe_yaml(raw), load_yaml(raw)]
+    except Exception as error:  # the parsers have no common error class
+        raise UserError(f"{file} can't be read ({type(error).__name__}); {_HOW_TO_MAKE_ONE}") from error
+    for fields in readings:
+        if not isinstance(fields, dict):
+            raise UserError(f"{file} should hold a mapping; {_HOW_TO_MAKE_ONE}")
+        if forbidden := sorted(map(str, fields.keys() - allowed)):
+            raise UserError(
+                f"{file} holds {', '.join(forbidden)}, which could run code; only {', '.join(sorted(allowed))} "
+                "are allowed. If you trust the dataset, delete these lines"
+            )
+    if any(fields != readings[0] for fields in readings):
+        raise UserError(f"{file} can be read in more than one way; {_HOW_TO_MAKE_ONE}")
+    return readings[0]
+
+
+def _safe_yaml(raw: bytes) -> Any:
+    return yaml.load(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _mapping(value: Any, root: EPath, field: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{root} is not a dataset: {field} is missing in {_META}; {_HOW_TO_MAKE_ONE}")
+    return value
+
+
+def _expand(patterns: Any, root: EPath) -> list[str]:
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{root}/{_META}: splits should be lists of shard names; {_HOW_TO_MAKE_ONE}")
+    return [name for pattern in patterns for name in braceexpand.braceexpand(pattern)]
+
+
+def _check_shards(root: EPath, shards: dict[str, list[str]], counts: dict[str, Any]) -> None:
+    names = [name for listed in shards.values() for name in listed]
+    for name in names:
+        if "://" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{root}/{_META}: the shard {name!r} lies outside the dataset")
+        if not isinstance(counts.get(name), int):
+            raise UserError(f"{root}/{_META}: the shard {name!r} has no sample count; {_HOW_TO_MAKE_ONE}")
+    if not root.is_local():
+        return
+    present: dict[str, set[str]] = {}  # one listing a folder: asking for each of 100,000 files takes minutes
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        if folder not in present:
+            directory = root.local_path() / folder
+            present[folder] = set(os.listdir(directory)) if directory.is_dir() else set()
+        if base not in present[folder]:
+            raise UserError(f"{root}: the shard {name} is missing; copy the dataset again, or prepare it again")
+
+
+def _identity(root: EPath, shards: dict[str, list[str]], counts: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([shards, counts], sort_keys=True).encode())
+    fingerprint = root / "run" / "fingerprint.json"
+    if fingerprint.is_file():
+        digest.update(fingerprint.read_bytes())
+    return digest.hexdigest()

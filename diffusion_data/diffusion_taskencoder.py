@@ -1,0 +1,256 @@
+"""Parts of a sample -> DiffusionSample -> batch: a plain dict of tensors, the keys NeMo's diffusion models read.
+
+Micro batch B, S = seq_length (without one: the longest of the batch), D = patch_spatial**2 * patch_temporal * C,
+L = text_embedding_padding_size, E = width of the text encoder:
+
+    video               bfloat16 (B, S, D)   patches, '(T H W) (ph pw pt C)', zero padded
+    loss_mask           bfloat16 (B, S)      1 for real patches
+    pos_ids             int64    (B, S, 3)   (t, h, w) of each patch
+    t5_text_embeddings  bfloat16 (B, L, E)   zero padded
+    t5_text_mask        bfloat16 (B, L)      1 for real tokens
+    seq_len_q           int32    (B,)        real patches
+    seq_len_kv          int32    (B,)        real tokens
+    latent_shape        int32    (B, 4)      (C, T, H, W)
+    image_size          bfloat16 (B, 4)      [h, w, h, w] in pixels
+    fps, num_frames     bfloat16 (B,)
+    __key__             list of B sample keys
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.energon import (
+    Cooker,
+    DefaultTaskEncoder,
+    SavableDataset,
+    WorkerConfig,
+    basic_sample_keys,
+    stateless,
+)
+from megatron.energon.metadataset.loader_interface import LoadedDataset
+from megatron.energon.wrappers import EpochizeDataset, RepeatDataset
+
+from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
+from diffusion_data.epoch_shuffle import EpochShuffle
+from diffusion_data.errors import UserError
+from diffusion_data.latent_sample import LatentSample, all_finite
+from diffusion_data.patchify import is_divisible, patchify, position_ids_3d, sequence_length
+from diffusion_data.safe_decoder import BadPart, SafeDecoder
+from diffusion_data.skip_counts import SkipCounts, SkipReason, StopWhenAllSkipped
+
+MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
+PICTURE_FPS = 30.0  # a picture has no frame rate; models were trained with this number in its place
+_ASSUMED_TEMPORAL_COMPRESSION = 8  # only for videos whose json doesn't say how many frames they had
+
+
+@stateless
+def cook(sample: dict[str, Any]) -> CookedSample:
+    """energon's crude sample -> its decoded parts, whatever they are named."""
+    parts = {name: value for name, value in sample.items() if not name.startswith("__")}
+    return CookedSample(**basic_sample_keys(sample), parts=parts)
+
+
+class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, dict]):
+    """Pictures and clips in any mix of shapes.
+
+    max_frames: latent frames kept of a longer clip; everything else is derived from what is left
+    text_embedding_padding_size: tokens each text is cut or padded to
+    seq_length: patches each sample is padded to; longer ones are skipped
+    aesthetic_score: samples whose metadata has a lower aesthetic_score are skipped; those without one stay
+    """
+
+    cookers = (Cooker(cook),)
+    decoder = SafeDecoder()
+
+    def __init__(
+        self,
+        *,
+        max_frames: int | None = None,
+        text_embedding_padding_size: int = 512,
+        seq_length: int | None = None,
+        patch_spatial: int = 2,
+        patch_temporal: int = 1,
+        aesthetic_score: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in [
+            ("max_frames", max_frames),
+            ("text_embedding_padding_size", text_embedding_padding_size),
+            ("seq_length", seq_length),
+            ("patch_spatial", patch_spatial),
+            ("patch_temporal", patch_temporal),
+        ]:
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        self.max_frames = max_frames
+        self.text_embedding_padding_size = text_embedding_padding_size
+        self.seq_length = seq_length
+        self.patch_spatial = patch_spatial
+        self.patch_temporal = patch_temporal
+        self.aesthetic_score = aesthetic_score
+        self.skips = SkipCounts()
+
+    def sequence_length_of(self, latent_shape: Sequence[int]) -> int | None:
+        """Patches that a latent (C, T, H, W) becomes, max_frames considered; None if it would be skipped."""
+        channels, frames, height, width = latent_shape
+        kept = (channels, min(frames, self.max_frames or frames), height, width)
+        if not is_divisible(kept, self.patch_spatial, self.patch_temporal):
+            return None
+        return sequence_length(kept, self.patch_spatial, self.patch_temporal)
+
+    @stateless
+    def encode_sample(self, sample: CookedSample) -> DiffusionSample:
+        stored = self._read(sample)
+        latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
+        text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
+        self._check(stored, latent, text)
+        channels, frames, height, width = latent.shape
+        metadata = stored.metadata
+        encoded = DiffusionSample.derive_from(
+            sample,
+            video=patchify(latent, self.patch_spatial, self.patch_temporal),
+            t5_text_embeddings=text.to(torch.bfloat16),
+            pos_ids=position_ids_3d(
+                frames // self.patch_temporal, height // self.patch_spatial, width // self.patch_spatial
+            ),
+            latent_shape=(channels, frames, height, width),
+            image_size=(float(metadata["height"]), float(metadata["width"])),
+            fps=float(metadata.get("framerate") or PICTURE_FPS),
+            num_frames=_pixel_frames(metadata, frames, stored.latent.shape[1]),
+        )
+        self.skips.used += 1
+        return encoded
+
+    def _read(self, sample: CookedSample) -> LatentSample:
+        """The sample, or a counted skip if its parts aren't what they should be."""
+        refused = [part.reason for part in sample.parts.values() if isinstance(part, BadPart)]
+        if refused:
+            raise self.skips.skip(sample.__key__, SkipReason.unreadable, "; ".join(refused))
+        try:
+            stored = LatentSample.from_parts(sample.__key__, sample.parts)
+            for field in ("height", "width", "framerate", "num_frames", "aesthetic_score"):
+                value = stored.metadata.get(field)
+                if value is not None and not math.isfinite(float(value)):
+                    raise ValueError(f"{field} is {value}")
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # torch's refusals to convert are RuntimeErrors
+            raise self.skips.skip(sample.__key__, SkipReason.unreadable, str(error)) from error
+        return stored
+
+    def _check(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> None:
+        """Skip what can't be trained on."""
+        key, shape = stored.key, tuple(latent.shape)
+        score = stored.metadata.get("aesthetic_score")
+        if score is not None and float(score) < self.aesthetic_score:
+            raise self.skips.skip(key, SkipReason.low_aesthetic_score, f"{score} < {self.aesthetic_score}")
+        if latent.numel() == 0 or not is_divisible(shape, self.patch_spatial, self.patch_temporal):
+            patch = f"{self.patch_temporal}x{self.patch_spatial}x{self.patch_spatial}"
+            raise self.skips.skip(key, SkipReason.not_divisible, f"latent {shape}, patches {patch}")
+        length = sequence_length(shape, self.patch_spatial, self.patch_temporal)
+        if self.seq_length is not None and length > self.seq_length:
+            raise self.skips.skip(key, SkipReason.too_long, f"{length} patches, seq_length={self.seq_length}")
+        if len(text) == 0:
+            raise self.skips.skip(key, SkipReason.no_text, "its text embedding has no tokens")
+        # One pass: NaN and infinity spoil the largest magnitude.
+        largest = latent.abs().max().item()
+        if not math.isfinite(largest) or not all_finite(text):
+            raise self.skips.skip(key, SkipReason.not_finite, "the latent or the text holds NaN or infinity")
+        if largest > MAX_MAGNITUDE:
+            raise self.skips.skip(key, SkipReason.too_large_values, f"the latent reaches {largest:g}")
+
+    @stateless
+    def batch(self, samples: Sequence[DiffusionSample]) -> dict[str, Any]:
+        size = len(samples)
+        length = self.seq_length or max(sample.seq_len_q for sample in samples)
+        _require_one_width(samples)
+        batch: dict[str, Any] = {
+            "video": torch.zeros(size, length, samples[0].video.shape[1], dtype=torch.bfloat16),
+            "t5_text_embeddings": torch.zeros(
+                size,
+                self.text_embedding_padding_size,
+                samples[0].t5_text_embeddings.shape[1],
+                dtype=torch.bfloat16,
+            ),
+            "t5_text_mask": torch.zeros(size, self.text_embedding_padding_size, dtype=torch.bfloat16),
+            "loss_mask": torch.zeros(size, length, dtype=torch.bfloat16),
+            "pos_ids": torch.zeros(size, length, 3, dtype=torch.int64),
+        }
+        for row, sample in enumerate(samples):
+            batch["video"][row, : sample.seq_len_q] = sample.video
+            batch["loss_mask"][row, : sample.seq_len_q] = 1
+            batch["pos_ids"][row, : sample.seq_len_q] = sample.pos_ids
+            batch["t5_text_embeddings"][row, : sample.seq_len_kv] = sample.t5_text_embeddings
+            batch["t5_text_mask"][row, : sample.seq_len_kv] = 1
+        batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.bfloat16)
+        batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.bfloat16)
+        batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.bfloat16)
+        batch["seq_len_q"] = torch.tensor([s.seq_len_q for s in samples], dtype=torch.int32)
+        batch["seq_len_kv"] = torch.tensor([s.seq_len_kv for s in samples], dtype=torch.int32)
+        batch["latent_shape"] = torch.tensor([s.latent_shape for s in samples], dtype=torch.int32)
+        batch["__key__"] = [sample.__key__ for sample in samples]
+        return batch
+
+    @stateless
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Only what was asked for: energon adds a restore key that a training step has no use for."""
+        return {name: value for name, value in batch.items() if name != "__restore_key__"}
+
+    def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
+        guarded = StopWhenAllSkipped(dataset, self.skips, worker_config=worker_config)
+        return super().build_encode_sample(guarded, worker_config=worker_config)
+
+    def build_train_datasets(
+        self,
+        *,
+        datasets: list[LoadedDataset],
+        worker_config: WorkerConfig,
+        batch_size: int | None,
+        shuffle_buffer_size: int | None,
+        virtual_epoch_length: int = 0,
+        repeat: bool = True,
+        **batching: Any,
+    ) -> SavableDataset[Any]:
+        """energon's order of stages, but each pass is shuffled by itself (see `EpochShuffle`)."""
+        if len(datasets) != 1:
+            raise UserError("blends of several datasets can't be opened, only one dataset folder")
+        stream = self._load_dataset(datasets[0], 0, worker_config)
+        if shuffle_buffer_size is not None and shuffle_buffer_size > 1:
+            stream = EpochShuffle(stream, shuffle_buffer_size, worker_config=worker_config)
+        if repeat:
+            stream = RepeatDataset(stream, worker_config=worker_config)
+        stream = self.build_encode_sample(stream, worker_config=worker_config)
+        batching.pop("blend_mode", None)
+        stream = self.build_batch(stream, batch_size=batch_size, worker_config=worker_config, **batching)
+        if virtual_epoch_length > 0:
+            stream = EpochizeDataset(stream, length=virtual_epoch_length, worker_config=worker_config)
+        return stream
+
+
+def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) -> int:
+    """Pixel frames of the first `frames` of `stored_frames` latent frames: the first stands for one frame."""
+    if frames == 1:
+        return 1
+    compression: float = _ASSUMED_TEMPORAL_COMPRESSION
+    if metadata.get("num_frames"):
+        compression = (float(metadata["num_frames"]) - 1) / (stored_frames - 1)
+    return 1 + round(compression * (frames - 1))
+
+
+def _require_one_width(samples: Sequence[DiffusionSample]) -> None:
+    """One dataset is made with one tokenizer and one text encoder; a mixture can't be batched."""
+    first = samples[0]
+    for sample in samples:
+        for name in ("video", "t5_text_embeddings"):
+            width, expected = getattr(sample, name).shape[1], getattr(first, name).shape[1]
+            if width != expected:
+                raise UserError(
+                    f"{name} of {sample.__key__} is {width} wide, that of {first.__key__} {expected}: the "
+                    "dataset mixes the output of different models"
+                )

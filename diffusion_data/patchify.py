@@ -1,0 +1,67 @@
+"""latent (C, T, H, W) <-> patches (S, pt*ph*pw*C), with a position (t, h, w) for each patch.
+
+S = (T/pt) * (H/ph) * (W/pw). Patches run over time, then rows, then columns; within a patch the order is
+(ph pw pt C), as in NeMo's diffusion transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+
+_PATCH_ORDER = "C (T pt) (H ph) (W pw) -> (T H W) (ph pw pt C)"
+_LATENT_ORDER = "(T H W) (ph pw pt C) -> C (T pt) (H ph) (W pw)"
+
+
+def patchify(latent: torch.Tensor, patch_spatial: int, patch_temporal: int) -> torch.Tensor:
+    """(C, T, H, W) -> (S, patch_spatial**2 * patch_temporal * C)."""
+    return rearrange(latent, _PATCH_ORDER, ph=patch_spatial, pw=patch_spatial, pt=patch_temporal)
+
+
+def unpatchify(
+    patches: torch.Tensor, latent_shape: Sequence[int], patch_spatial: int, patch_temporal: int
+) -> torch.Tensor:
+    """Undo `patchify`; rows beyond the latent's own length, which padding added, are dropped."""
+    _, frames, height, width = (int(size) for size in latent_shape)
+    length = sequence_length(latent_shape, patch_spatial, patch_temporal)
+    return rearrange(
+        patches[:length],
+        _LATENT_ORDER,
+        T=frames // patch_temporal,
+        H=height // patch_spatial,
+        W=width // patch_spatial,
+        ph=patch_spatial,
+        pw=patch_spatial,
+        pt=patch_temporal,
+    )
+
+
+def is_divisible(latent_shape: Sequence[int], patch_spatial: int, patch_temporal: int) -> bool:
+    """True if whole patches cover a latent of shape (C, T, H, W)."""
+    _, frames, height, width = latent_shape
+    return frames % patch_temporal == 0 and height % patch_spatial == 0 and width % patch_spatial == 0
+
+
+def sequence_length(latent_shape: Sequence[int], patch_spatial: int, patch_temporal: int) -> int:
+    """Number of patches of a latent of shape (C, T, H, W).
+
+    Raises:
+        ValueError: the latent can't be cut into whole patches.
+    """
+    _, frames, height, width = (int(size) for size in latent_shape)
+    if not is_divisible((0, frames, height, width), patch_spatial, patch_temporal):
+        raise ValueError(
+            f"a latent of {frames}x{height}x{width} (T, H, W) can't be cut into patches of "
+            f"{patch_temporal}x{patch_spatial}x{patch_spatial}"
+        )
+    return (frames // patch_temporal) * (height // patch_spatial) * (width // patch_spatial)
+
+
+@lru_cache(maxsize=64)  # a dataset has few shapes, and making the grid costs more than patching
+def position_ids_3d(frames: int, height: int, width: int) -> torch.Tensor:
+    """int64 (frames*height*width, 3): (t, h, w) of each patch. Sizes in patches. Shared: don't write to it."""
+    axes = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    return rearrange(torch.stack(axes, dim=-1), "T H W coordinate -> (T H W) coordinate")

@@ -1,0 +1,103 @@
+"""Which samples the task encoder leaves out, why, and how many: counted in shared memory across workers.
+
+Also ends a stream in which no sample is usable; energon itself would look for one for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from megatron.energon import SavableDataset, SkipSample, WorkerConfig
+from megatron.energon.wrappers.base import BaseWrapperDataset
+
+from diffusion_data.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_WORKERS = 128  # rows of the table; more workers share rows, and may then lose a count now and then
+_LOGGED_EACH = 3
+
+
+class SkipReason(str, Enum):
+    """Why a sample isn't used."""
+
+    unreadable = "unreadable"  # a part is missing, broken, refused or of the wrong shape
+    not_finite = "not_finite"
+    too_large_values = "too_large_values"
+    no_text = "no_text"
+    too_long = "too_long"  # more patches than seq_length
+    not_divisible = "not_divisible"  # into whole patches
+    low_aesthetic_score = "low_aesthetic_score"
+
+
+_REASONS = list(SkipReason)
+
+
+class SkipCounts:
+    """Skips by reason; the same numbers are seen in the main process and in its workers."""
+
+    def __init__(self) -> None:
+        # One row a worker, so that no two processes add to the same number.
+        self._table = torch.zeros(_WORKERS, len(_REASONS), dtype=torch.int64).share_memory_()
+        self._logged = dict.fromkeys(_REASONS, 0)
+        self.used = 0
+        """Samples of this process that were not skipped."""
+
+    def skip(self, key: str, reason: SkipReason, message: str) -> SkipSample:
+        """Count and log a skip; the caller raises what is returned."""
+        worker = torch.utils.data.get_worker_info()
+        row = 0 if worker is None else worker.id % _WORKERS
+        self._table[row, _REASONS.index(reason)] += 1
+        self._logged[reason] += 1
+        if self._logged[reason] <= _LOGGED_EACH:
+            more = "; more of these are only counted" if self._logged[reason] == _LOGGED_EACH else ""
+            logger.warning("skipped %s: %s: %s%s", key, reason.value, message, more)
+        return SkipSample()
+
+    def by_reason(self) -> dict[str, int]:
+        """Skips of all workers so far, only the reasons that occurred."""
+        totals = self._table.sum(dim=0).tolist()
+        return {reason.value: int(total) for reason, total in zip(_REASONS, totals, strict=True) if total}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{reason} {count}" for reason, count in self.by_reason().items()) or "none"
+
+
+class StopWhenAllSkipped(BaseWrapperDataset[Any, Any]):
+    """Passes samples on to the encoding stage; raises once a worker's whole share was skipped."""
+
+    def __init__(self, dataset: SavableDataset[Any], skips: SkipCounts, *, worker_config: WorkerConfig) -> None:
+        super().__init__(dataset, worker_config=worker_config)
+        self._skips = skips
+
+    def reset_state_own(self) -> None:
+        """No state: the count starts anew after a resume."""
+
+    def len_worker(self, worker_idx: int | None = None) -> int:
+        return self.dataset.len_worker(worker_idx)
+
+    def __iter__(self) -> Iterator[Any]:
+        # So many in a row hold at least one whole pass, wherever in a pass they began.
+        limit = 2 * self.len_worker()
+        skipped_in_a_row = 0
+        for sample in self.dataset:
+            used_before = self._skips.used
+            yield sample
+            skipped_in_a_row = 0 if self._skips.used > used_before else skipped_in_a_row + 1
+            if skipped_in_a_row >= limit:
+                raise all_skipped(self._skips)
+
+    def config(self) -> dict[str, Any]:
+        return self.dataset.config()
+
+
+def all_skipped(skips: SkipCounts) -> UserError:
+    """The error for a dataset, or a rank's or worker's share of it, without a usable sample."""
+    return UserError(
+        f"no sample could be used, all were skipped (by reason: {skips}); check data.seq_length, the patch "
+        "sizes and the other limits of the task encoder against the dataset"
+    )

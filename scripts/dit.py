@@ -1,0 +1,202 @@
+"""A compact diffusion transformer: noisy patches, timestep and caption embedding -> a velocity for every patch.
+
+    patches (B, S, P)  +  position ids (B, S, 3)     text (B, L, D), text_mask     timesteps, shape and fps
+            │ linear + sin-cos of (t, h, w)                  │ linear, null token           │ MLP
+            ▼                                                ▼                              ▼
+        hidden (B, S, hidden_size) ──▶ depth × [ self-attention, cross-attention to text, MLP ] ◀─ adaLN-zero
+            │ adaLN, zero-initialised linear
+            ▼
+        velocity (B, S, P)
+
+Positions whose mask is 0 are never attended to, so padding changes nothing at the real ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion_data.errors import UserError
+
+_FREQUENCIES = 256  # sin-cos features of a scalar before its MLP
+
+
+class DiT(nn.Module):
+    """The whole network. At initialisation its output is zero and every block is the identity.
+
+    patch_channels: latent channels × patch height × width × frames: 16 × 2 × 2 × 1 of the default data options.
+    text_embedding_dim: width of the stored text embeddings: 1024 for t5-11b and tiny-t5.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        patch_channels: int = 64,
+        text_embedding_dim: int = 1024,
+    ) -> None:
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads, got {hidden_size=} {num_heads=}")
+        super().__init__()
+        self.hidden_size, self.patch_channels = hidden_size, patch_channels
+        self.text_embedding_dim = text_embedding_dim
+        self.patch_embedding = nn.Linear(patch_channels, hidden_size)
+        self.text_embedding = nn.Sequential(
+            nn.LayerNorm(text_embedding_dim), nn.Linear(text_embedding_dim, hidden_size)
+        )
+        # Always attended to: a caption without tokens (or dropped in training) still has something to look at.
+        self.null_text = nn.Parameter(torch.randn(hidden_size) * 0.02)
+        self.timestep_embedding = ScalarEmbedding(1, hidden_size)
+        self.size_embedding = ScalarEmbedding(4, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.output = nn.Linear(hidden_size, patch_channels)
+        self._initialise()
+
+    def forward(
+        self,
+        patches: Tensor,
+        timesteps: Tensor,
+        *,
+        position_ids: Tensor,
+        mask: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        image_size: Tensor,
+        fps: Tensor,
+        num_frames: Tensor,
+    ) -> Tensor:
+        """patches (B, S, P), timesteps (B,) from 0 (data) to 1 (noise) -> velocity (B, S, P).
+
+        position_ids: int64 (B, S, 3) of (t, h, w).  mask (B, S) and text_mask (B, L): 1 for what is real.
+        text: (B, L, D).  image_size: (B, 4) of [h, w, h, w] pixels.  fps, num_frames: (B,).
+        """
+        self._check_widths(patches, text)
+        hidden = self.patch_embedding(patches) + self._position_embedding(position_ids).to(patches.dtype)
+        size = torch.stack([image_size[:, 0], image_size[:, 1], fps, num_frames], dim=1).float()
+        condition = self.timestep_embedding(1000 * timesteps[:, None]) + self.size_embedding(size.log1p() * 100)
+        condition = F.silu(condition)
+
+        null_text = self.null_text.to(patches.dtype).expand(len(text), 1, -1)
+        text = torch.cat([null_text, self.text_embedding(text)], dim=1)
+        attend = mask.bool()[:, None, None, :]  # (B, heads, queries, keys)
+        attend_text = F.pad(text_mask.bool(), (1, 0), value=True)[:, None, None, :]
+        for block in self.blocks:
+            hidden = block(hidden, condition, attend, text, attend_text)
+
+        shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.output(modulate(self.final_norm(hidden), shift, scale))
+
+    def _position_embedding(self, position_ids: Tensor) -> Tensor:
+        """int64 (B, S, 3) -> (B, S, hidden_size): a third of the features each for t, h and w."""
+        per_axis = self.hidden_size // 6 * 2
+        embedding = sin_cos(position_ids, per_axis, longest_period=1000.0).flatten(-2)
+        return F.pad(embedding, (0, self.hidden_size - embedding.shape[-1]))
+
+    def _check_widths(self, patches: Tensor, text: Tensor) -> None:
+        if patches.shape[-1] != self.patch_channels:
+            raise UserError(
+                f"patches have {patches.shape[-1]} channels, the model expects {self.patch_channels}; "
+                f"set model.patch_channels={patches.shape[-1]}"
+            )
+        if text.shape[-1] != self.text_embedding_dim:
+            raise UserError(
+                f"text embeddings have {text.shape[-1]} features, the model expects {self.text_embedding_dim}; "
+                f"set model.text_embedding_dim={text.shape[-1]}"
+            )
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        zeroed = [self.final_modulation, self.output]
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            zeroed += [block.modulation, block.cross_attention.output]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, MLP; each added to `hidden` (B, S, hidden_size)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(hidden_size, num_heads)
+        self.norm_cross_attention = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attention = Attention(hidden_size, num_heads)
+        self.norm_mlp = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        inner_size = int(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, inner_size), nn.GELU(approximate="tanh"), nn.Linear(inner_size, hidden_size)
+        )
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, hidden: Tensor, condition: Tensor, attend: Tensor, text: Tensor, attend_text: Tensor) -> Tensor:
+        """condition: (B, hidden_size).  attend, attend_text: bool, broadcast to (B, heads, queries, keys)."""
+        modulation = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        normed = modulate(self.norm_attention(hidden), shift_attention, scale_attention)
+        hidden = hidden + gate_attention * self.attention(normed, normed, attend)
+        hidden = hidden + self.cross_attention(self.norm_cross_attention(hidden), text, attend_text)
+        normed = modulate(self.norm_mlp(hidden), shift_mlp, scale_mlp)
+        return hidden + gate_mlp * self.mlp(normed)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (B, S, hidden_size) to context (B, L, hidden_size), with normed q and k."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size)
+        self.norm_query = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.norm_key = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.output = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, queries: Tensor, context: Tensor, attend: Tensor) -> Tensor:
+        query = self._split_heads(self.query(queries))
+        key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+        query = self.norm_query(query.float()).to(value.dtype)
+        key = self.norm_key(key.float()).to(value.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, features: Tensor) -> Tensor:
+        return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class ScalarEmbedding(nn.Module):
+    """num_scalars numbers (B, num_scalars) -> (B, hidden_size)."""
+
+    def __init__(self, num_scalars: int, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(num_scalars * _FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        features = sin_cos(scalars, _FREQUENCIES, longest_period=10_000.0).flatten(-2)
+        return self.mlp(features)
+
+
+def sin_cos(values: Tensor, num_features: int, longest_period: float) -> Tensor:
+    """Any shape -> float32 (*shape, num_features): sines, then cosines, at geometrically falling frequencies."""
+    half = num_features // 2
+    exponents = torch.arange(half, device=values.device, dtype=torch.float32) / half
+    angles = values.float()[..., None] * torch.exp(-math.log(longest_period) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: the timestep and shape condition scale and shift normalised features."""
+    return normed * (1 + scale) + shift

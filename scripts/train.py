@@ -1,0 +1,185 @@
+"""Trains a diffusion transformer on a prepared dataset.
+
+    python scripts/train.py data.path=DATASET trainer.max_steps=200
+    python scripts/train.py data=fake
+    torchrun --nproc_per_node=8 scripts/train.py data.path=DATASET data.global_batch_size=256 model=dit_xl
+
+All options: configs/train.yaml with data/ and model/, or --help. Output: see train_callbacks.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_data.command_line import build_target, options_to_dataclass, run
+from diffusion_data.errors import UserError
+from diffusion_data.scripts.diffusion_lightning_module import (
+    DiffusionLightningModule,
+    LossOptions,
+    OptimizerOptions,
+)
+from diffusion_data.scripts.train_callbacks import (
+    LAST_CHECKPOINT,
+    METRICS_FILE,
+    Checkpoints,
+    Metrics,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    max_steps: int
+    accelerator: str
+    precision: str
+    gradient_clip_norm: float | None
+    log_every_n_steps: int
+    checkpoint_every_n_steps: int
+    keep_checkpoints: int
+    val_every_n_steps: int | None
+    val_batches: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.accelerator not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"accelerator must be auto, cpu or cuda, got {self.accelerator!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    data: dict[str, Any]  # _target_: a LightningDataModule with gradient_accumulation_steps
+    model: dict[str, Any]  # _target_: a module called as DiT is
+    trainer: TrainerOptions
+    optimizer: OptimizerOptions
+    loss: LossOptions
+    seed: int
+    output_dir: str
+    ckpt_path: str | None
+
+
+def train(config: DictConfig) -> None:
+    """The whole job: config -> checkpoints, metrics and TensorBoard events in output_dir."""
+    import torch
+    from lightning.pytorch import seed_everything
+
+    _quieten_lightning()
+    options = options_to_dataclass(TrainOptions, config, "")
+    output_dir = Path(options.output_dir)
+    ckpt_path = _checkpoint_to_continue(options.ckpt_path, output_dir)
+
+    seed_everything(options.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    datamodule = build_target(options.data, "data")
+    model = build_target(options.model, "model")
+    module = DiffusionLightningModule(model, options.loss, options.optimizer, options.seed)
+    metrics = Metrics(output_dir, OmegaConf.to_yaml(config), options.trainer.log_every_n_steps)
+    checkpoints = Checkpoints(
+        output_dir, metrics, options.trainer.checkpoint_every_n_steps, options.trainer.keep_checkpoints
+    )
+    trainer = _make_trainer(options.trainer, datamodule.gradient_accumulation_steps, [metrics, checkpoints])
+
+    if trainer.is_global_zero:
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        where = f", from {ckpt_path}" if ckpt_path else ""
+        print(
+            f"training {millions:.1f} M parameters on {trainer.world_size} x {trainer.strategy.root_device.type}, "
+            f"precision {trainer.precision}, into {output_dir}{where}"
+        )
+    started = time.monotonic()
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    if trainer.is_global_zero:
+        print(_summary(metrics, trainer.global_step, time.monotonic() - started, output_dir))
+
+
+def _make_trainer(options: TrainerOptions, accumulated_batches: int, callbacks: list[Any]) -> Any:
+    """One process without torchrun; under torchrun, one for each that it started."""
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+    cuda = options.accelerator == "cuda" or (options.accelerator == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator=cuda, but torch sees no CUDA device; use trainer.accelerator=cpu")
+    under_torchrun = TorchElasticEnvironment.detect()
+    precision = ("bf16-mixed" if cuda else "32-true") if options.precision == "auto" else options.precision
+    return Trainer(
+        max_steps=options.max_steps,
+        max_epochs=-1,
+        accelerator="cuda" if cuda else "cpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1,
+        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]) if under_torchrun else 1,
+        strategy="ddp" if under_torchrun else "auto",
+        plugins=[TorchElasticEnvironment() if under_torchrun else LightningEnvironment()],
+        precision=precision,  # type: ignore[arg-type]
+        gradient_clip_val=options.gradient_clip_norm,
+        accumulate_grad_batches=accumulated_batches,
+        callbacks=callbacks,
+        val_check_interval=(options.val_every_n_steps or 1) * accumulated_batches,  # counts micro batches
+        check_val_every_n_epoch=None,
+        limit_val_batches=options.val_batches if options.val_every_n_steps else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the datamodules share samples out themselves
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _checkpoint_to_continue(ckpt_path: str | None, output_dir: Path) -> Path | None:
+    last = output_dir / LAST_CHECKPOINT
+    if ckpt_path == "auto":
+        return last if last.exists() else None
+    if ckpt_path == "last":
+        if not last.exists():
+            raise UserError(f"ckpt_path=last: {last} does not exist; set output_dir= to the run to continue")
+        return last
+    if ckpt_path is not None:
+        if not Path(ckpt_path).is_file():
+            raise UserError(f"ckpt_path={ckpt_path}: no such file (or last, or auto)")
+        return Path(ckpt_path)
+    if (output_dir / METRICS_FILE).exists() and int(os.environ.get("RANK", 0)) == 0:
+        raise UserError(f"output_dir={output_dir} holds a run; continue it with ckpt_path=last or choose another")
+    return None
+
+
+def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> str:
+    losses = metrics.train_losses
+    if not losses:
+        return f"nothing to do: the checkpoint is at step {step}; raise trainer.max_steps"
+    n = min(20, len(losses))
+    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
+    return (
+        f"{len(losses)} steps (up to step {step}) in {seconds:.0f} s: mean train_loss {first:.4f} in the first {n}, "
+        f"{last:.4f} in the last {n}\n"
+        f"checkpoint {output_dir / LAST_CHECKPOINT}, losses {output_dir / METRICS_FILE}, "
+        f"curves: tensorboard --logdir {output_dir / 'tensorboard'}\n"
+        f"to continue: output_dir={output_dir} ckpt_path=last trainer.max_steps={2 * step}"
+    )
+
+
+def _quieten_lightning() -> None:
+    """Without what a user of this script can't act on: device inventories, tips, advice to its programmers."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def main() -> None:
+    run(
+        train,
+        "train",
+        hints={"data.path": "the folder that prepare_energon_dataset.py made; data=fake needs none"},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What a run leaves behind and shows: metrics.csv and TensorBoard events, progress, checkpoints.
+
+<output_dir>/metrics.csv            step,train_loss,learning_rate,seconds: one row an optimizer step
+<output_dir>/validation.csv         step,val_loss: one row a validation
+<output_dir>/tensorboard/           the same
+<output_dir>/config.yaml            every option, resolved
+<output_dir>/checkpoints/           step_000500.ckpt, ..., and last.ckpt, the newest of them
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from diffusion_data.errors import UserError
+
+COLUMNS = ("step", "train_loss", "learning_rate", "seconds")
+VALIDATION_COLUMNS = ("step", "val_loss")
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+METRICS_FILE = "metrics.csv"
+VALIDATION_FILE = "validation.csv"
+
+_SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
+
+
+class Metrics(Callback):
+    """Writes a row for every optimizer step, and shows progress. Runs on all ranks; rank 0 writes.
+
+    Losses stay on the device until `every_n_steps` of them are fetched, and averaged over ranks, at once.
+    resolved_config: kept as config.yaml.
+    """
+
+    def __init__(self, output_dir: Path, resolved_config: str, every_n_steps: int, stream: TextIO = sys.stderr) -> None:
+        self._output_dir = output_dir
+        self._resolved_config = resolved_config
+        self._every_n_steps = every_n_steps
+        self._stream = stream
+        self._rows: list[dict[str, Any]] = []
+        self._losses_on_device: list[torch.Tensor] = []
+        self._started = 0.0
+        self._last_step = 0
+        self._learning_rate = 0.0
+        self._progress: _Progress | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self.first_step = 0
+        self.train_losses: list[float] = []  # of this run's steps, in order
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+        self._last_step = self.first_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._output_dir.mkdir(parents=True, exist_ok=True)  # not before: a run that can't start leaves nothing
+            (self._output_dir / "config.yaml").write_text(self._resolved_config)
+            _keep_rows(self._output_dir / METRICS_FILE, COLUMNS, until_step=trainer.global_step)
+            if trainer.limit_val_batches:
+                _keep_rows(self._output_dir / VALIDATION_FILE, VALIDATION_COLUMNS, until_step=trainer.global_step)
+            self._tensorboard = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=trainer.global_step + 1)
+            self._progress = _Progress(trainer.global_step, trainer.max_steps, self._stream)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]  # of this step; the schedule moves on right after it
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._last_step:
+            return  # gradients are still accumulating
+        self._last_step = trainer.global_step
+        losses: list[torch.Tensor] = pl_module.step_losses  # type: ignore[assignment]
+        self._losses_on_device.append(torch.stack(losses).mean())
+        losses.clear()
+        self._rows.append(
+            {
+                "step": trainer.global_step,
+                "learning_rate": self._learning_rate,
+                "seconds": round(time.monotonic() - self._started, 3),
+            }
+        )
+        if len(self._rows) >= self._every_n_steps or trainer.global_step == trainer.max_steps:
+            self.write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            raise UserError("the training data ended at once: a loader without batches would be asked forever")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        val_loss = trainer.callback_metrics.get("val_loss")
+        if val_loss is None or self._tensorboard is None:  # no val split, or not rank 0
+            return
+        self._tensorboard.add_scalar("val_loss", val_loss, trainer.global_step)
+        with (self._output_dir / VALIDATION_FILE).open("a", newline="") as file:
+            csv.writer(file).writerow([trainer.global_step, float(val_loss)])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer)
+        if self._progress is not None:
+            self._progress.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, trainer: Trainer) -> None:
+        """Fetch the losses that are still on the device and write their rows. Every rank calls it."""
+        if not self._rows:
+            return
+        means = trainer.strategy.reduce(torch.stack(self._losses_on_device), reduce_op="mean")
+        for row, loss in zip(self._rows, means.tolist(), strict=True):
+            row["train_loss"] = loss
+            self.train_losses.append(loss)
+        if trainer.is_global_zero:
+            self._write_rows()
+        self._rows.clear()
+        self._losses_on_device.clear()
+
+    def _write_rows(self) -> None:
+        assert self._tensorboard is not None
+        assert self._progress is not None
+        with (self._output_dir / METRICS_FILE).open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerows(self._rows)
+        for row in self._rows:
+            for name in COLUMNS[1:-1]:
+                self._tensorboard.add_scalar(name, row[name], row["step"])
+        self._progress.show(self._rows[-1]["step"], self._rows[-1]["train_loss"])
+
+
+class Checkpoints(Callback):
+    """Saves every n optimizer steps and at the last one; keeps the newest few. Comes after Metrics."""
+
+    def __init__(self, output_dir: Path, metrics: Metrics, every_n_steps: int, keep: int) -> None:
+        self._last = output_dir / LAST_CHECKPOINT
+        self._metrics = metrics
+        self._every_n_steps = every_n_steps
+        self._keep = keep
+        self._saved_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self._every_n_steps == 0 or step == trainer.max_steps
+        if not due or step == self._saved_step:
+            return
+        self._saved_step = step
+        self._metrics.write(trainer)  # so that metrics.csv reaches as far as the checkpoint
+        path = self._last.with_name(f"step_{step:06d}.ckpt")
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            self._point_last_at(path)
+            for old in sorted(self._last.parent.glob("step_*.ckpt"))[: -self._keep]:
+                old.unlink()
+
+    def _point_last_at(self, path: Path) -> None:
+        temporary = self._last.with_suffix(".new")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name)
+        os.replace(temporary, self._last)
+
+
+class _Progress:
+    """A bar in a terminal, a line now and then in a log file."""
+
+    def __init__(self, first_step: int, max_steps: int, stream: TextIO) -> None:
+        self._first_step, self._max_steps, self._stream = first_step, max_steps, stream
+        self._started = self._told = time.monotonic()
+        self._bar = tqdm(total=max_steps, initial=first_step, unit="step", file=stream) if stream.isatty() else None
+
+    def show(self, step: int, train_loss: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(train_loss=f"{train_loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._told < _SECONDS_BETWEEN_LINES and step < self._max_steps:
+            return
+        self._told = now
+        steps_per_second = (step - self._first_step) / (now - self._started)
+        left = timedelta(seconds=round((self._max_steps - step) / steps_per_second))
+        print(
+            f"step {step}/{self._max_steps}  train_loss {train_loss:.4f}  {steps_per_second:.2f} steps/s  {left} left",
+            file=self._stream,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _keep_rows(path: Path, columns: tuple[str, ...], until_step: int) -> None:
+    """Start a csv file, or, when a run goes on from a checkpoint, drop the rows that come after it."""
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= until_step]
+    temporary = path.with_suffix(".new")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(temporary, path)

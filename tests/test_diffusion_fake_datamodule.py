@@ -1,0 +1,137 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
+from diffusion_data.diffusion_fake_datamodule import VideoLatentFakeDataModule
+from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
+from diffusion_data.errors import UserError
+from tests.test_diffusion_energon_datamodule import Recorder, as_rank, flat, rows
+from tests.tiny_dataset import tiny_sample, write_dataset
+
+SHAPES = [(4, 1, 4, 4), (4, 3, 4, 4)]
+
+
+def fake(**options) -> VideoLatentFakeDataModule:
+    small = {
+        "seq_length": None,
+        "global_batch_size": 2,
+        "num_workers": 0,
+        "num_train_samples": 10,
+        "num_val_samples": 3,
+        "latent_shapes": SHAPES,
+        "text_lengths": (2, 5),
+        "text_embedding_dim": 8,
+    }
+    return VideoLatentFakeDataModule(**{**small, **options})
+
+
+def test_fake_and_real_batches_are_alike(tmp_path):
+    samples = [tiny_sample(row, SHAPES[row % 2]) for row in range(4)]
+    real = DiffusionDataModule(write_dataset(tmp_path / "ds", samples), None, 2, 2, num_workers=0)
+    real_batch = next(iter(real.train_dataloader()))
+    fake_batch = next(iter(fake(micro_batch_size=2).train_dataloader()))
+    assert type(fake_batch) is type(real_batch) is dict
+    assert list(fake_batch) == list(real_batch)
+    for name, value in real_batch.items():
+        if name == "__key__":
+            assert [type(key) for key in fake_batch[name]] == [str, str]
+        else:
+            assert (fake_batch[name].shape, fake_batch[name].dtype) == (value.shape, value.dtype), name
+
+
+def test_shapes_text_lengths_and_values_vary():
+    batches = list(fake(num_train_samples=40).train_dataloader())
+    assert {tuple(batch["latent_shape"][0].tolist()) for batch in batches} == set(SHAPES)
+    assert {batch["seq_len_kv"].item() for batch in batches} == {2, 3, 4, 5}
+    assert {batch["num_frames"].item() for batch in batches} == {1, 17}
+    values = torch.cat([batch["video"][0][: batch["seq_len_q"].item()].float().flatten() for batch in batches])
+    assert abs(values.mean()) < 0.1
+    assert abs(values.std() - 1) < 0.1
+
+
+def test_a_sample_is_the_same_whatever_the_batches_and_workers():
+    alone = {batch["__key__"][0]: batch["video"][0] for batch in fake().train_dataloader()}
+    assert len(alone) == 10
+    for batch in fake(micro_batch_size=2, num_workers=1).train_dataloader():
+        for key, video in zip(batch["__key__"], batch["video"], strict=True):
+            assert torch.equal(video, alone[key])
+
+
+def test_epochs_differ_and_leave_out_what_does_not_fill_a_step():
+    loader = fake(global_batch_size=4).train_dataloader()
+    first, second = rows(loader), rows(loader)
+    assert len(loader) == len(first) == len(second) == 8
+    assert first != second
+    assert len(set(flat(first))) == 8
+
+
+def test_ranks_share_an_epoch(monkeypatch):
+    shares = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        shares.append(flat(rows(fake().train_dataloader())))
+    assert sorted(shares[0] + shares[1]) == list(range(10))
+
+
+def test_validation_is_in_order_fresh_and_other_than_training(monkeypatch):
+    data = fake()
+    loader = data.val_dataloader()
+    next(iter(loader))
+    assert rows(loader) == rows(loader) == [[0], [1], [2]]
+    trained = {batch["__key__"][0]: batch["video"] for batch in data.train_dataloader()}
+    for batch in loader:
+        assert batch["video"].shape != trained[batch["__key__"][0]].shape or not torch.equal(
+            batch["video"], trained[batch["__key__"][0]]
+        )
+    assert len(rows(fake(use_train_split_for_val=True).val_dataloader())) == 10
+    assert fake(num_val_samples=0).val_dataloader() == []
+    as_rank(monkeypatch, 1, 2)
+    assert rows(fake().val_dataloader()) == [[1], [0]]  # the fourth sample is the first again
+
+
+def test_seq_length_pads_and_has_to_fit():
+    assert next(iter(fake(seq_length=20).train_dataloader()))["video"].shape == (1, 20, 16)
+    assert fake().seq_length == 12
+    with pytest.raises(UserError, match="12 patches, more than seq_length=8"):
+        fake(seq_length=8)
+    with pytest.raises(UserError, match="whole patches"):
+        fake(latent_shapes=[(4, 1, 3, 3)])
+    assert fake(seq_length=4, task_encoder=BasicDiffusionTaskEncoder(max_frames=1)).seq_length == 4
+
+
+def test_the_defaults_fit_together():
+    batch = next(iter(VideoLatentFakeDataModule(num_workers=0).train_dataloader()))
+    assert batch["video"].shape == (1, 2048, 64)
+    assert batch["t5_text_embeddings"].shape == (1, 512, 1024)
+
+
+def test_too_few_samples_and_unfit_batch_sizes_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="num_train_samples"):
+        fake(num_train_samples=1).train_dataloader()
+    as_rank(monkeypatch, 0, 3)
+    with pytest.raises(UserError, match="3 data-parallel ranks"):
+        fake().train_dataloader()
+
+
+def test_trains_validates_and_resumes_exactly_under_lightning(tmp_path):
+    def fit(folder, ckpt_path=None):
+        model = Recorder()
+        trainer = pl.Trainer(
+            max_steps=8,
+            accelerator="cpu",
+            logger=False,
+            accumulate_grad_batches=2,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
+        )
+        trainer.fit(model, fake(), ckpt_path=ckpt_path)
+        return model
+
+    whole = fit("whole")
+    assert len(whole.trained) == 16
+    assert len(whole.validated) == 2 + 3
+    for step in (3, 5):  # within an epoch and at its end
+        assert fit(f"resumed{step}", tmp_path / "whole" / f"step={step}.ckpt").trained == whole.trained[2 * step :]

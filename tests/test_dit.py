@@ -1,0 +1,188 @@
+"""The DiT and its loss: shapes, adaLN-zero, and masks that keep padding out."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from diffusion_data.errors import UserError
+from diffusion_data.scripts.diffusion_lightning_module import (
+    DiffusionLightningModule,
+    LossOptions,
+    OptimizerOptions,
+    rectified_flow_loss,
+    trim_padding,
+)
+from diffusion_data.scripts.dit import DiT
+
+PATCH_CHANNELS, TEXT_DIM = 12, 10
+LENGTHS, TOKENS = (6, 4), (3, 2)
+
+
+def tiny_dit(trained: bool = True) -> DiT:
+    """`trained`: no weight is zero any more, so that every input can matter."""
+    torch.manual_seed(0)
+    model = DiT(24, 2, 2, patch_channels=PATCH_CHANNELS, text_embedding_dim=TEXT_DIM)
+    if trained:
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def make_batch(seq_length: int = 6, text_length: int = 4, garbage: float = 0.0) -> dict[str, Any]:
+    """Two samples of LENGTHS patches and TOKENS tokens; `garbage` fills their padding."""
+    random = torch.Generator().manual_seed(1)
+    video = torch.full((2, seq_length, PATCH_CHANNELS), garbage)
+    text = torch.full((2, text_length, TEXT_DIM), garbage)
+    mask, text_mask = torch.zeros(2, seq_length), torch.zeros(2, text_length)
+    position_ids = torch.zeros(2, seq_length, 3, dtype=torch.int64)
+    for sample, (length, tokens) in enumerate(zip(LENGTHS, TOKENS, strict=True)):
+        video[sample, :length] = torch.randn(length, PATCH_CHANNELS, generator=random)
+        text[sample, :tokens] = torch.randn(tokens, TEXT_DIM, generator=random)
+        mask[sample, :length] = 1
+        text_mask[sample, :tokens] = 1
+        position_ids[sample, :length, 2] = torch.arange(length)
+    return {
+        "video": video.bfloat16(),
+        "t5_text_embeddings": text.bfloat16(),
+        "t5_text_mask": text_mask.bfloat16(),
+        "loss_mask": mask.bfloat16(),
+        "image_size": torch.tensor([[64.0, 96.0, 64.0, 96.0]] * 2).bfloat16(),
+        "fps": torch.tensor([30.0, 24.0]).bfloat16(),
+        "num_frames": torch.tensor([1.0, 17.0]).bfloat16(),
+        "seq_len_q": torch.tensor(LENGTHS, dtype=torch.int32),
+        "seq_len_kv": torch.tensor(TOKENS, dtype=torch.int32),
+        "pos_ids": position_ids,
+        "latent_shape": torch.tensor([[3, 1, 4, 12]] * 2, dtype=torch.int32),
+        "__key__": ["a", "b"],
+    }
+
+
+def loss_of(model: DiT, batch: dict[str, Any]) -> float:
+    """With the same noise at the same positions, however long the padding."""
+    noise = torch.randn(2, 64, PATCH_CHANNELS, generator=torch.Generator().manual_seed(2))
+    noise = noise[:, : batch["video"].shape[1]]
+    return rectified_flow_loss(model, batch, noise, torch.tensor([0.3, 0.8]), sigma_data=0.5).item()
+
+
+def lightning_module(model: DiT, text_dropout: float = 0.0) -> DiffusionLightningModule:
+    optimizer = OptimizerOptions(learning_rate=1e-2, warmup_steps=1, weight_decay=0.0, betas=(0.9, 0.99))
+    return DiffusionLightningModule(model, LossOptions(sigma_data=0.5, text_dropout=text_dropout), optimizer, seed=0)
+
+
+def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:
+    model, batch = tiny_dit(trained=False), make_batch()
+    seen: dict[str, torch.Tensor] = {}
+    model.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
+    loss = loss_of(model, batch)
+
+    assert seen["output"].shape == (2, 6, PATCH_CHANNELS)
+    assert torch.equal(seen["output"], torch.zeros(2, 6, PATCH_CHANNELS))
+    assert loss > 0.9  # the variance of the noise, and a quarter of the latents'
+
+
+def test_blocks_are_the_identity_at_initialisation() -> None:
+    block = tiny_dit(trained=False).blocks[0]
+    hidden = torch.randn(2, 6, 24)
+    everything = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+
+    assert torch.equal(block(hidden, torch.randn(2, 24), everything, torch.randn(2, 6, 24), everything), hidden)
+
+
+@pytest.mark.parametrize(("seq_length", "text_length"), [(9, 4), (6, 7), (16, 32)])
+def test_loss_does_not_depend_on_padding(seq_length: int, text_length: int) -> None:
+    model = tiny_dit()
+
+    padded = loss_of(model, make_batch(seq_length, text_length, garbage=7.0))
+
+    assert padded == pytest.approx(loss_of(model, make_batch()), abs=1e-6)
+
+
+def test_loss_is_the_mean_over_real_positions_of_the_samples_one_by_one() -> None:
+    model, batch = tiny_dit(), make_batch()
+    noise = torch.randn(2, 6, PATCH_CHANNELS, generator=torch.Generator().manual_seed(2))
+    timesteps = torch.tensor([0.3, 0.8])
+    together = rectified_flow_loss(model, batch, noise, timesteps, sigma_data=0.5)
+
+    total = torch.zeros(())
+    for sample, length in enumerate(LENGTHS):
+        one = {key: value[sample : sample + 1] for key, value in batch.items()}
+        one.update({key: one[key][:, :length] for key in ("video", "loss_mask", "pos_ids")})
+        chosen = slice(sample, sample + 1)
+        total += length * rectified_flow_loss(model, one, noise[chosen, :length], timesteps[chosen], sigma_data=0.5)
+
+    assert together.item() == pytest.approx(total.item() / sum(LENGTHS), abs=1e-6)
+
+
+@pytest.mark.parametrize("key", ["t5_text_embeddings", "t5_text_mask", "pos_ids", "fps", "num_frames", "image_size"])
+def test_everything_the_model_is_told_matters(key: str) -> None:
+    model, batch = tiny_dit(), make_batch()
+    changed = {**batch, key: batch[key].flip(0 if key == "fps" or key == "num_frames" else 1)}
+    if key == "image_size":
+        changed[key] = batch[key] * 2
+
+    assert loss_of(model, changed) != pytest.approx(loss_of(model, batch), abs=1e-6)
+
+
+def test_no_caption_at_all_is_finite() -> None:
+    batch = make_batch()
+    batch["t5_text_mask"] = torch.zeros_like(batch["t5_text_mask"])
+
+    assert loss_of(tiny_dit(), batch) == loss_of(tiny_dit(), batch)  # not NaN
+
+
+def test_gradients_reach_every_parameter_after_the_zeros_have_moved() -> None:
+    module = lightning_module(tiny_dit(trained=False))
+    optimizer = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
+    for step in range(4):
+        optimizer.zero_grad()
+        module.training_step(make_batch(), step).backward()
+        optimizer.step()
+
+    unmoved = [name for name, value in module.model.named_parameters() if not value.grad.abs().sum() > 0]
+    assert unmoved == []
+
+
+def test_same_seed_draws_the_same_noise_and_the_next_batch_other_noise() -> None:
+    first, second = lightning_module(tiny_dit()), lightning_module(tiny_dit())
+    batch = make_batch()
+
+    losses = [first.training_step(batch, 0).item() for _ in range(2)]
+    second.on_load_checkpoint({"micro_batches_done": 1})
+
+    assert losses[0] != losses[1]
+    assert second.training_step(batch, 0).item() == losses[1]
+
+
+def test_dropped_captions_do_not_matter() -> None:
+    batch = make_batch()
+    other_text = {**batch, "t5_text_embeddings": batch["t5_text_embeddings"] + 1}
+
+    losses = {
+        lightning_module(tiny_dit(), text_dropout=1.0).training_step(either, 0).item() for either in (batch, other_text)
+    }
+
+    assert len(losses) == 1
+
+
+def test_trimming_leaves_out_only_what_is_padding_in_all_samples() -> None:
+    batch = make_batch(seq_length=100, text_length=100)
+    trimmed = trim_padding(batch)
+
+    assert trimmed["video"].shape == (2, 32, PATCH_CHANNELS)
+    assert trimmed["pos_ids"].shape == (2, 32, 3)
+    assert trimmed["t5_text_embeddings"].shape == (2, 32, TEXT_DIM)
+    assert trimmed["loss_mask"].sum() == batch["loss_mask"].sum()
+    assert trimmed["t5_text_mask"].sum() == batch["t5_text_mask"].sum()
+
+
+def test_wrong_widths_name_the_option() -> None:
+    model = DiT(24, 1, 2, patch_channels=8, text_embedding_dim=TEXT_DIM)
+    with pytest.raises(UserError, match=r"model\.patch_channels=12"):
+        loss_of(model, make_batch())
+
+    model = DiT(24, 1, 2, patch_channels=PATCH_CHANNELS, text_embedding_dim=8)
+    with pytest.raises(UserError, match=r"model\.text_embedding_dim=10"):
+        loss_of(model, make_batch())

@@ -1,0 +1,191 @@
+"""scripts/train.py as a user runs it: from another folder, on the CPU, with a tiny model and fake data."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_data.diffusion_fake_datamodule import FakeLoader
+from diffusion_data.scripts.train import main
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
+TINY = [
+    "data=fake",
+    "data.num_workers=0",
+    "data.latent_shapes=[[2,1,4,4],[2,2,4,4]]",
+    "data.seq_length=8",
+    "data.text_embedding_dim=16",
+    "model.patch_channels=8",
+    "model.text_embedding_dim=16",
+    "model.hidden_size=24",
+    "model.depth=1",
+    "model.num_heads=2",
+    "optimizer.learning_rate=0.003",
+    "output_dir=run",
+]
+OFTEN = [
+    "data.micro_batch_size=2",
+    "trainer.checkpoint_every_n_steps=2",
+    "trainer.val_every_n_steps=2",
+    "trainer.val_batches=2",
+]
+
+
+@pytest.fixture
+def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Calls the entry point in this process, in tmp_path, on the CPU."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *options, "trainer.accelerator=cpu"])
+        main()
+
+    return call
+
+
+def train(folder: Path, *options: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *TINY, *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows(folder: Path, run: str = "run") -> list[dict[str, str]]:
+    with (folder / run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path, run: str = "run") -> list[float]:
+    return [float(row["train_loss"]) for row in rows(folder, run)]
+
+
+def checkpoint(folder: Path, run: str = "run") -> dict:
+    return torch.load(folder / run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of 8 samples in one go, micro batches of 2, with validation and checkpoints every 2 steps."""
+    folder = tmp_path_factory.mktemp("whole_run")
+    done = train(folder, *OFTEN, "trainer.max_steps=4")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_every_step_has_its_row(whole_run: Path) -> None:
+    assert [row["step"] for row in rows(whole_run)] == ["1", "2", "3", "4"]
+    assert all(0.5 < loss < 3 for loss in losses(whole_run))
+    assert [float(row["learning_rate"]) for row in rows(whole_run)] == pytest.approx(
+        [0.003 * step / 20 for step in (1, 2, 3, 4)]  # the warm-up of 20 steps
+    )
+
+
+def test_every_validation_has_its_row(whole_run: Path) -> None:
+    with (whole_run / "run" / "validation.csv").open(newline="") as file:
+        validations = list(csv.DictReader(file))
+
+    assert [row["step"] for row in validations] == ["2", "4"]
+    assert all(0.5 < float(row["val_loss"]) < 3 for row in validations)
+
+
+def test_run_folder_holds_checkpoints_curves_and_config(whole_run: Path) -> None:
+    run = whole_run / "run"
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    assert names == ["last.ckpt", "step_000002.ckpt", "step_000004.ckpt"]
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
+    assert "micro_batch_size: 2" in (run / "config.yaml").read_text()
+    assert sorted(path.name for path in whole_run.iterdir()) == ["run", "stderr", "stdout"]
+
+
+def test_output_is_progress_and_a_summary_without_warnings(whole_run: Path) -> None:
+    summary = (whole_run / "stdout").read_text()
+    progress = (whole_run / "stderr").read_text().splitlines()
+
+    assert "4 steps (up to step 4)" in summary
+    assert "ckpt_path=last" in summary
+    assert progress[-1].startswith("step 4/4  train_loss ")
+    assert all(line.startswith("step ") for line in progress), progress
+
+
+def test_global_batch_is_accumulated_from_micro_batches(whole_run: Path) -> None:
+    assert checkpoint(whole_run)["micro_batches_done"] == 16  # 4 steps x 8 samples / 2
+
+
+def test_resumed_run_is_the_uninterrupted_one(whole_run: Path, train_here: Callable[..., None], tmp_path: Path) -> None:
+    train_here(*TINY, *OFTEN, "trainer.max_steps=2")
+    train_here(*TINY, *OFTEN, "trainer.max_steps=4", "ckpt_path=last")
+
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
+    assert losses(tmp_path) == losses(whole_run)
+    for name, weight in checkpoint(whole_run)["state_dict"].items():
+        assert torch.equal(weight, checkpoint(tmp_path)["state_dict"][name]), name
+
+
+def test_two_processes_share_the_global_batch(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = train(tmp_path, "trainer.max_steps=2", "data.micro_batch_size=2", launcher=launcher)
+
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path)) == 2
+    assert checkpoint(tmp_path)["micro_batches_done"] == 4  # on each: 2 steps x 8 samples / 2 / 2 processes
+    assert done.stdout.count("2 steps (up to step 2)") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data=energon"], "missing option data.path (the folder that prepare_energon_dataset.py made"),
+        ([*TINY, "trainer.max_step=3"], "unknown option trainer.max_step: did you mean trainer.max_steps?"),
+        ([*TINY, "ckpt_path=last"], "run/checkpoints/last.ckpt does not exist; set output_dir="),
+        ([*TINY, "trainer.max_steps=0"], "trainer: max_steps must be at least 1, got 0"),
+        ([*TINY, "data.global_batch_size=3", "data.micro_batch_size=2"], "global_batch_size=3 is not divisible"),
+        ([*TINY, "model.patch_channels=64"], "the model expects 64; set model.patch_channels=8"),
+    ],
+)
+def test_mistakes_are_one_line(
+    train_here: Callable[..., None], capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train_here(*options)
+
+    written = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert written.count("\n") == 1, written
+    assert message in written
+
+
+def test_a_loader_without_batches_stops_the_run(
+    train_here: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeLoader, "__iter__", lambda loader: iter(()))
+    with pytest.raises(SystemExit):
+        train_here(*TINY)
+
+    assert "the training data ended at once" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_overwritten(
+    whole_run: Path,
+    train_here: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(whole_run)
+    with pytest.raises(SystemExit):
+        train_here(*TINY)
+
+    assert "output_dir=run holds a run; continue it with ckpt_path=last" in capsys.readouterr().err
