@@ -310,3 +310,10 @@ def test_long_captions_are_cut_and_counted(tmp_path: Path) -> None:
     assert max(len(sample.text_embedding) for sample in samples) == 5
     assert totals.captions_cut > 0
     assert samples[4].metadata["caption"] == "picture very very very very nice"
+
+
+def test_a_dataset_that_cannot_be_read_back_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step opens what was written as training would; here the text embeddings have no tokens."""
+    monkeypatch.setattr(T5TextEncoder, "encode_tokens", lambda self, ids: [torch.zeros(len(i), 1024).half() for i in ids])
+    with pytest.raises(UserError, match="no_text"):
+        prepare(prepare_config(small(tmp_path, 4), tmp_path / "out"))
