@@ -314,6 +314,7 @@ def test_long_captions_are_cut_and_counted(tmp_path: Path) -> None:
 
 def test_a_dataset_that_cannot_be_read_back_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step opens what was written as training would; here the text embeddings have no tokens."""
-    monkeypatch.setattr(T5TextEncoder, "encode_tokens", lambda self, ids: [torch.zeros(len(i), 1024).half() for i in ids])
+    zeros = torch.zeros(512, 1024, dtype=torch.float16)
+    monkeypatch.setattr(T5TextEncoder, "encode_tokens", lambda self, batch: [zeros[: len(ids)] for ids in batch])
     with pytest.raises(UserError, match="no_text"):
         prepare(prepare_config(small(tmp_path, 4), tmp_path / "out"))
