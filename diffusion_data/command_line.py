@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +33,18 @@ EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _SECONDS_FOR_RANK_0_TO_TELL = 5.0
 
 
-def run(job: Callable[[DictConfig], None], config_name: str, hints: Mapping[str, str] | None = None) -> None:
+def run(
+    job: Callable[[DictConfig], None],
+    config_name: str,
+    hints: Mapping[str, str] | None = None,
+    interrupted: str = "interrupted",
+) -> None:
     """Composes configs/<config_name>.yaml with the command line's options and calls `job` with the result.
 
     hints: option -> what to give for it, told when a required option is missing.
+    interrupted: told after Ctrl-C, or SIGTERM, which a scheduler sends.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as after Ctrl-C
     debug = any(os.environ.get(name) == "1" for name in ("DIFFUSION_DATA_DEBUG", "HYDRA_FULL_ERROR"))
     try:
         for config in _compose(config_name):
@@ -49,7 +58,8 @@ def run(job: Callable[[DictConfig], None], config_name: str, hints: Mapping[str,
     except KeyboardInterrupt:
         if debug:
             raise
-        print("interrupted", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {interrupted}", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         _record_for_torchrun(f"{type(error).__name__}: {error} (traceback above)")
@@ -208,6 +218,9 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"no {group}={choice}; there are: {', '.join(error.options)} (--config-dir adds a folder of yours)"
+    if unchosen := re.match(r"You must specify '(\w+)'.*?Available options:\s*(.*)", str(error), re.DOTALL):
+        group, choices = unchosen[1], ", ".join(unchosen[2].split())
+        return f"missing option {group}: add {group}=NAME; there are: {choices} (--config-dir adds a folder of yours)"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         parent = cause.parent_node

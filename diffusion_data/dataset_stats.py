@@ -6,7 +6,6 @@ Each shard's part is kept in its ledger entry, so the dataset's is a sum that re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,18 +53,12 @@ class DatasetStats:
             **{name: dict(getattr(self, name)) for name in _COUNTERS},
         }
 
-    @classmethod
-    def sum_of(cls, parts: Iterable[dict[str, Any]]) -> DatasetStats:
-        """Add up what `to_json` gave."""
-        stats = cls()
-        for part in parts:
-            if part["latent_count"]:
-                stats._add_moments(
-                    part["latent_count"], np.array(part["latent_sum"]), np.array(part["latent_square_sum"])
-                )
-            for name in _COUNTERS:
-                getattr(stats, name).update(part[name])
-        return stats
+    def add_json(self, part: dict[str, Any]) -> None:
+        """Add what `to_json` gave."""
+        if part["latent_count"]:
+            self._add_moments(part["latent_count"], np.array(part["latent_sum"]), np.array(part["latent_square_sum"]))
+        for name in _COUNTERS:
+            getattr(self, name).update(part[name])
 
     def report(self) -> dict[str, Any]:
         """What users read in stats.json: `latent_shapes` is a list of [C, T, H, W, number of samples]."""

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,23 @@ def files_digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def function_digest(function: Callable[..., Any]) -> str | None:
-    """sha256 of a function's source text; None where Python can't show it."""
-    try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
-    except (OSError, TypeError):
+def module_digest(function: Callable[..., Any]) -> str | None:
+    """sha256 of the file that defines `function`, with its helpers; what that file imports is not covered.
+
+    None for functions of this package, whose format version stands for them, and where there is no file.
+    """
+    if (function.__module__ or "").startswith("diffusion_data."):
         return None
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:  # built in
+        return None
+    return _sha256(Path(file)) if file and Path(file).is_file() else None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decodes and encodes: another one may change the low bits of a result."""
+    return {name: version(name) for name in ("av", "diffusers", "pillow", "torch", "transformers")}
 
 
 def fingerprint_digest(fields: dict[str, Any]) -> str:
@@ -52,7 +64,10 @@ def check_or_write_fingerprint(path: Path, fields: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, fields)
         return
-    before = dict(_flat(json.loads(path.read_text())))
+    try:
+        before = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise UserError(f"output_dir: {path} is damaged ({error}); choose another output_dir") from error
     now = dict(_flat(fields))
     differing = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if differing:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.shard_plan import Shard, asked_splits, assign_splits
 
 EMPTY_CAPTION = "empty_caption.pickle"
+
+_SECONDS_UNTIL_FILES_SHOW = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,38 +55,53 @@ def finish_dataset(
     Raises:
         UserError: a shard has no ledger entry, or no row was written at all.
     """
-    entries = _all_entries(ledger, shards)
     run = output_dir / "run"
+    sums = _LedgerSums()
     with durable_file(run / "rejected.jsonl") as file:
-        for entry in entries:
+        for entry in _all_entries(ledger, shards):
             for row in entry.rejected:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    reasons = Counter(row["reason"] for entry in entries for row in entry.rejected)
-    files = [entry.file for entry in entries if entry.file is not None]
-    if not files:
+            sums.add(entry)
+    if not sums.counts:
         raise UserError(
-            f"every row was rejected ({format_reasons(reasons)}); {run / 'rejected.jsonl'} says why, row by row"
+            f"every row was rejected ({format_reasons(sums.reasons)}); {run / 'rejected.jsonl'} says why, row by row"
         )
     with durable_file(run / EMPTY_CAPTION) as file:
         file.write(pickle.dumps(empty_caption, protocol=5))
-    splits = _write_metadata(output_dir, files, split_ratio, seed)
-    counts = {entry.file: entry.written for entry in entries}
-    stage_seconds: Counter[str] = Counter()
-    for entry in entries:
-        stage_seconds.update(entry.stage_seconds)
+    splits = _write_metadata(output_dir, list(sums.counts), split_ratio, seed)
     totals = Totals(
         rows=shards[-1].stop,
-        written=sum(entry.written for entry in entries),
-        rejected=dict(reasons.most_common()),
-        captions_cut=sum(entry.captions_cut for entry in entries),
-        shards=len(files),
-        num_bytes=sum(entry.num_bytes for entry in entries),
-        stage_seconds={stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
-        splits={name: sum(counts[file] for file in names) for name, names in splits.items()},
+        written=sum(sums.counts.values()),
+        rejected=dict(sums.reasons.most_common()),
+        captions_cut=sums.captions_cut,
+        shards=len(sums.counts),
+        num_bytes=sums.num_bytes,
+        stage_seconds={stage: round(seconds, 3) for stage, seconds in sums.stage_seconds.items()},
+        splits={name: sum(sums.counts[file] for file in files) for name, files in splits.items()},
     )
-    stats = DatasetStats.sum_of(entry.stats for entry in entries)
-    write_json(run / "stats.json", {**vars(totals), **stats.report()})
+    write_json(run / "stats.json", {**vars(totals), **sums.stats.report()})
     return totals
+
+
+@dataclass
+class _LedgerSums:
+    """What is added up entry by entry; counts: samples of each tar."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    stage_seconds: Counter[str] = field(default_factory=Counter)
+    captions_cut: int = 0
+    num_bytes: int = 0
+    stats: DatasetStats = field(default_factory=DatasetStats)
+
+    def add(self, entry: LedgerEntry) -> None:
+        if entry.file is not None:
+            self.counts[entry.file] = entry.written
+        self.reasons.update(row["reason"] for row in entry.rejected)
+        self.stage_seconds.update(entry.stage_seconds)
+        self.captions_cut += entry.captions_cut
+        self.num_bytes += entry.num_bytes
+        self.stats.add_json(entry.stats)
 
 
 def read_one_batch(output_dir: Path, split_ratio: Sequence[float]) -> None:
@@ -108,15 +126,24 @@ def format_reasons(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
-def _all_entries(ledger: Ledger, shards: Sequence[Shard]) -> list[LedgerEntry]:
-    entries = [ledger.read(shard) for shard in shards]
-    missing = [shard.file_name for shard, entry in zip(shards, entries, strict=True) if entry is None]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(shards)} shards are not finished ({', '.join(missing[:3])} ...); "
-            "run the same command again to finish them"
-        )
-    return [entry for entry in entries if entry is not None]
+def _all_entries(ledger: Ledger, shards: Sequence[Shard]) -> Iterator[LedgerEntry]:
+    """The entries in order of the shards.
+
+    Raises:
+        UserError: some are missing, also after the time that a network disk may take to show another node's files.
+    """
+    deadline = time.monotonic() + _SECONDS_UNTIL_FILES_SHOW
+    for number, shard in enumerate(shards):
+        while (entry := ledger.read(shard)) is None:
+            if time.monotonic() > deadline:
+                missing = sum(ledger.read(each) is None for each in shards[number:])
+                raise UserError(
+                    f"{missing} of {len(shards)} shards are not finished ({shard.file_name} is the first); "
+                    "run the same command again to finish them"
+                )
+            time.sleep(0.5)
+            ledger.refresh()
+        yield entry
 
 
 def _write_metadata(

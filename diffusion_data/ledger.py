@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ class LedgerEntry:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def retryable(self) -> int:
+        """Rejected rows that may succeed later."""
+        return sum(row["retryable"] for row in self.rejected)
 
     def __post_init__(self) -> None:
         if self.stop - self.start != self.written + len(self.rejected):
@@ -76,6 +82,10 @@ class Ledger:
             if tar.is_symlink() or not tar.is_file() or tar.stat().st_size != entry.num_bytes:
                 return None
         return entry
+
+    def refresh(self) -> None:
+        """Make a network disk show what other nodes have written: listing a folder renews what is known of it."""
+        os.listdir(self._folder)
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"shard_{shard:06d}.json"

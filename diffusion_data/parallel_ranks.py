@@ -56,6 +56,6 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, d
         nearest = max(at_once, round(global_batch_size / at_once) * at_once)
         raise UserError(
             f"global_batch_size={global_batch_size} is not divisible by micro_batch_size={micro_batch_size} x "
-            f"{data_parallel_size} data-parallel ranks; {nearest} would be"
+            f"{data_parallel_size} data-parallel ranks; set global_batch_size={nearest}"
         )
     return global_batch_size // at_once

@@ -27,9 +27,9 @@ from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
-from diffusion_data.encode_pipeline import EncodePipeline
+from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
-from diffusion_data.fingerprint import files_digest, function_digest
+from diffusion_data.fingerprint import files_digest, library_versions, module_digest
 from diffusion_data.finish import Totals, finish_dataset, format_reasons, read_one_batch
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
@@ -48,6 +48,9 @@ _REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
 _SECONDS_BETWEEN_COUNTS = 0.5
 
+# Options that decide whether a row's media can be had, but not what comes of it.
+_WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
+
 
 def prepare(config: PrepareConfig) -> Totals | None:
     """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others.
@@ -55,9 +58,13 @@ def prepare(config: PrepareConfig) -> Totals | None:
     Raises:
         UserError: whatever the user can mend; nothing that was finished is lost by it.
     """
-    started = time.monotonic()
     start_process_server()
-    ranks = Ranks.connect()
+    with Ranks.connect() as ranks:
+        return _prepare(config, ranks)
+
+
+def _prepare(config: PrepareConfig, ranks: Ranks) -> Totals | None:
+    started = time.monotonic()
     device = ranks.device(config.device)
     _set_up_torch(device)
     source = _open_source(config, ranks)
@@ -72,25 +79,27 @@ def prepare(config: PrepareConfig) -> Totals | None:
     if ranks.rank == 0:
         folder = RunFolder(output_dir)
         ledger = folder.open(_fingerprint(config, source, shards, tokenizer, text_encoder), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards, ledger)]
+        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
         ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
     ledger = Ledger(output_dir, plan["fingerprint"])
     todo_shards = [shards[number] for number in plan["todo"]]
-    if todo_shards:
-        decoder = _row_decoder(config, tokenizer)
-        writer = ShardWriter(output_dir, ledger)
-        pipeline = EncodePipeline(tokenizer, text_encoder, config.batching)
-        _encode_shards(config, ranks, source, todo_shards, decoder, pipeline, writer)
-    ranks.publish(f"finished/{ranks.rank}", True)
-    if ranks.rank != 0:
-        return None
-    for rank in range(ranks.world_size):
-        ranks.receive(f"finished/{rank}")
+    num_todo = sum(shard.num_rows for shard in todo_shards)
+    with Progress(ranks, source.num_rows, source.num_rows - num_todo):
+        if todo_shards:
+            decoder = _row_decoder(config, tokenizer)
+            writer = ShardWriter(output_dir, ledger)
+            pipeline = EncodePipeline(tokenizer, text_encoder, config.batching)
+            _encode_shards(config, ranks, source, todo_shards, decoder, pipeline, writer)
+        ranks.publish(f"finished/{ranks.rank}", True)
+        if ranks.rank != 0:
+            return None
+        for rank in range(ranks.world_size):
+            ranks.receive(f"finished/{rank}", publisher=rank)
     empty_caption = text_encoder.encode([""])[0]
     totals = finish_dataset(output_dir, ledger, shards, config.split_ratio, config.seed, empty_caption)
     read_one_batch(output_dir, config.split_ratio)
-    _print_summary(config, totals, sum(shard.num_rows for shard in todo_shards), time.monotonic() - started)
+    _print_summary(config, totals, num_todo, time.monotonic() - started)
     return totals
 
 
@@ -115,20 +124,10 @@ def _open_source(config: PrepareConfig, ranks: Ranks) -> ParquetSource:
 
 
 def _named_columns(config: PrepareConfig) -> dict[str, str]:
-    """Columns that options name, and the option of each; checks process_func's arguments on the way."""
-    target = config.process_func.get("_target_")
-    if not isinstance(target, str):
-        raise UserError("process_func._target_: name the function, e.g. my_dataset.process_row")
-    function = resolve_process_func(target)
-    signature = inspect.signature(function)
+    """Columns that options name, and the option of each."""
     arguments = _arguments(config)
-    try:
-        bound = signature.bind({}, **arguments, **({"media": None} if takes_media(function) else {}))
-    except TypeError as error:
-        raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
-    bound.apply_defaults()
     columns = dict.fromkeys(config.metadata_columns, "metadata_columns")
-    for name, value in bound.arguments.items():
+    for name, value in arguments.items():
         if name.endswith(("_column", "_columns")):
             for column in [value] if isinstance(value, str) else value or ():
                 columns[column] = f"process_func.{name}"
@@ -141,7 +140,27 @@ def _named_columns(config: PrepareConfig) -> dict[str, str]:
 
 
 def _arguments(config: PrepareConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.process_func.items() if name != "_target_"}
+    """The process function's arguments, with the defaults of those that the recipe leaves out.
+
+    Raises:
+        UserError: there is no such function, or it can't be called with these.
+    """
+    target = config.process_func.get("_target_")
+    if not isinstance(target, str):
+        raise UserError("process_func._target_: name the function, e.g. my_dataset.process_row")
+    function = resolve_process_func(target)
+    signature = inspect.signature(function)
+    given = {name: value for name, value in config.process_func.items() if name != "_target_"}
+    media = {"media": None} if takes_media(function) else {}
+    try:
+        bound = signature.bind({}, **given, **media)
+    except TypeError as error:
+        raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
+    bound.apply_defaults()
+    row, *_ = bound.arguments
+    variadic = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
+    named = {name: value for name, value in bound.arguments.items() if name not in (row, "media", *variadic)}
+    return named | {name: value for each in variadic for name, value in bound.arguments[each].items()}
 
 
 def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
@@ -175,14 +194,15 @@ def _fingerprint(
             }
             for file in source.files
         ],
-        "rows_per_shard": shards[0].num_rows,
-        "shards": len(shards),
+        "samples_per_shard": shards[0].num_rows,
         "process_func": {
-            **config.process_func,
-            "source_sha256": function_digest(resolve_process_func(config.process_func["_target_"])),
+            "_target_": config.process_func["_target_"],
+            **_arguments(config),
+            "module_sha256": module_digest(resolve_process_func(config.process_func["_target_"])),
         },
         "metadata_columns": list(config.metadata_columns),
-        "media": asdict(config.media),
+        "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
+        "versions": library_versions(),
         "resampler": resampler(),
         "tokenizer": {"files_sha256": files_digest(tokenizer.weight_files), "dtype": str(tokenizer.dtype)},
         "text_encoder": {
@@ -209,20 +229,28 @@ def _encode_shards(
     if num_workers is None:
         num_workers = max(1, usable_cpus() // ranks.local_world_size)
     rows = ((shard, row) for shard in _claimed(ranks, todo) for row in source.read_rows(shard.start, shard.stop))
-    num_rows = sum(shard.num_rows for shard in todo)
     with (
         DecodeWorkers(decoder, num_workers) as workers,
         ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing,
-        Progress(ranks, source.num_rows, source.num_rows - num_rows),
     ):
         pending: deque[Future[LedgerEntry]] = deque()
         results = _counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(writer.write, encoded))
-            if len(pending) > _SHARDS_BEING_WRITTEN:
+            pending.append(writing.submit(_write, writer, encoded))
+            while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
+
+
+def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
+    try:
+        return writer.write(encoded)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
+            "make room or mend the disk and run the same command again"
+        ) from error
 
 
 def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
@@ -294,4 +322,9 @@ def prepare_from_command_line(options: DictConfig) -> None:
 def main() -> None:
     """Entry point of scripts/prepare_energon_dataset.py and of diffusion-data-prepare."""
     sys.path.insert(0, os.getcwd())  # a process_func beside the user's recipe is found as `python -m` finds it
-    run(prepare_from_command_line, "prepare")
+    run(
+        prepare_from_command_line,
+        "prepare",
+        hints={"source.path": "a parquet file, folder, glob or URL", "output_dir": "the dataset's folder"},
+        interrupted="interrupted; what is finished is kept: run the same command again to go on",
+    )

@@ -23,6 +23,8 @@ from diffusion_data.media import MediaConfig, MediaLoader
 from diffusion_data.process_funcs import MediaSample
 from diffusion_data.sources import Row
 
+_LONGEST_MESSAGE = 500  # characters
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedRow:
@@ -53,15 +55,16 @@ class RejectedRow:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        own = {
             "row": self.row,
             "source_file": self.source_file,
             "source_row": self.source_row,
             "reason": self.reason.value,
             "retryable": self.reason.retryable,
-            "message": self.message,
-            **self.metadata,
+            # A user's message may hold anything, a whole picture for one.
+            "message": self.message[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode(),
         }
+        return own | {name: value for name, value in self.metadata.items() if name not in own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,8 @@ class RowDecoder:
             return sample, media.conform(sample.frames)
         except RowRejected:
             raise
-        except Exception as error:  # the user's own code may raise anything: the row's fault, not the job's
+        # The user's own code may raise anything, or call sys.exit: the row's fault, not the job's.
+        except (Exception, SystemExit) as error:
             raise RowRejected(Reason.process_func_error, _describe(error)) from error
 
 
@@ -155,6 +159,8 @@ def _check_caption(caption: object) -> None:
         raise RowRejected(Reason.caption_not_text, f"caption is {type(caption).__name__}, expected text")
     if not caption.strip():
         raise RowRejected(Reason.null_caption, "empty caption")
+    if not _is_unicode(caption):
+        raise RowRejected(Reason.caption_not_text, "caption has half of a surrogate pair, which is no Unicode text")
 
 
 def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +178,8 @@ def _json_value(value: Any, name: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str) and not _is_unicode(value):
+        raise RowRejected(Reason.bad_metadata, f"{name} has half of a surrogate pair, which is no Unicode text")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, dict):
@@ -183,7 +191,16 @@ def _json_value(value: Any, name: str) -> Any:
     raise RowRejected(Reason.bad_metadata, f"{name} holds {type(value).__name__}, which json can't")
 
 
-def _describe(error: Exception) -> str:
+def _is_unicode(text: str) -> bool:
+    """False for a lone surrogate, as json.loads makes of a cut escape: no tokenizer or file takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _describe(error: BaseException) -> str:
     """Type, message and the place in the user's code, on one line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())

@@ -36,6 +36,11 @@ class RunFolder:
                 raise UserError(
                     f"output_dir: {self.output_dir} is not empty and holds no run of this tool; choose another"
                 )
+            if any(ledger_folder(self.output_dir).glob("*.json")) and not (self.run / "fingerprint.json").exists():
+                raise UserError(
+                    f"output_dir: {self.run} has a ledger but no fingerprint.json, so what made its shards can't be "
+                    "told; choose another output_dir"
+                )
             ledger_folder(self.output_dir).mkdir(parents=True, exist_ok=True)
             check_or_write_fingerprint(self.run / "fingerprint.json", fingerprint)
             for folder in (self.output_dir, self.run, ledger_folder(self.output_dir)):
@@ -46,9 +51,16 @@ class RunFolder:
             raise UserError(f"output_dir: can't write to {self.output_dir}: {error}") from error
         return Ledger(self.output_dir, fingerprint_digest(fingerprint))
 
-    def unfinished(self, shards: Sequence[Shard], ledger: Ledger) -> list[Shard]:
-        """Shards without a valid ledger entry. If there are any, the metadata of an earlier end goes."""
-        todo = [shard for shard in shards if ledger.read(shard) is None]
+    def unfinished(self, shards: Sequence[Shard], ledger: Ledger, max_reject_rate: float) -> list[Shard]:
+        """Shards without a valid ledger entry, and those that an outage of the network spoilt.
+
+        If there are any, the metadata of an earlier end goes.
+        """
+        todo = []
+        for shard in shards:
+            entry = ledger.read(shard)
+            if entry is None or entry.retryable > max_reject_rate * shard.num_rows:
+                todo.append(shard)
         metadata = self.output_dir / META_FOLDER
         if todo and metadata.exists():
             shutil.rmtree(metadata)

@@ -43,9 +43,10 @@ def plan_shards(num_rows: int, samples_per_shard: int | None, split_ratio: Seque
     """Cut the rows into shards.
 
     Args:
-        samples_per_shard: rows of a shard; None chooses by the number of rows.
-        split_ratio: weights of train, val, test; there are at least as many shards as splits asked for,
-            with fewer rows in each than `samples_per_shard` if need be.
+        samples_per_shard: rows of a shard; None chooses by the number of rows and the ratio.
+        split_ratio: weights of train, val, test. Splits are made of whole shards, so there are at least as many
+            shards as splits asked for, with fewer rows in each than `samples_per_shard` if need be; where the
+            size is chosen here, there are enough to come near the ratio.
 
     Raises:
         UserError: fewer rows than splits, or a size or ratio that makes no sense.
@@ -55,13 +56,23 @@ def plan_shards(num_rows: int, samples_per_shard: int | None, split_ratio: Seque
         raise UserError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
     if num_rows < num_splits:
         raise UserError(f"split_ratio: {num_rows} rows can't fill {num_splits} splits")
-    size = samples_per_shard or min(max(math.ceil(num_rows / _SHARDS_WANTED), _FEWEST_SAMPLES), _MOST_SAMPLES)
+    size = samples_per_shard or min(
+        max(math.ceil(num_rows / _SHARDS_WANTED), _FEWEST_SAMPLES),
+        _MOST_SAMPLES,
+        max(1, num_rows // _shards_for_ratio(split_ratio)),
+    )
     count = max(math.ceil(num_rows / size), num_splits)
     if count == num_splits:  # the last shards must not stay empty
         bounds = [round(number * num_rows / count) for number in range(count + 1)]
     else:
         bounds = [*range(0, num_rows, size), num_rows]
     return [Shard(number=number, start=start, stop=stop) for number, (start, stop) in enumerate(pairwise(bounds))]
+
+
+def _shards_for_ratio(split_ratio: Sequence[float]) -> int:
+    """Shards that whole ones of come near the ratio: 10 for 8, 1, 1. Not beyond 100, for a split of a promille."""
+    asked = [weight for weight in split_ratio if weight > 0]
+    return min(math.ceil(sum(asked) / min(asked)), 100)
 
 
 def asked_splits(split_ratio: Sequence[float]) -> list[str]:

@@ -87,6 +87,7 @@ def train(config: DictConfig) -> None:
     )
     trainer = _make_trainer(options.trainer, datamodule.gradient_accumulation_steps, [metrics, checkpoints])
 
+    datamodule.setup("fit")  # what is wrong with the data is told before anything is announced
     if trainer.is_global_zero:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f", from {ckpt_path}" if ckpt_path else ""
@@ -156,7 +157,7 @@ def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> s
     losses = metrics.train_losses
     if not losses:
         return f"nothing to do: the checkpoint is at step {step}; raise trainer.max_steps"
-    n = min(20, len(losses))
+    n = max(1, min(20, len(losses) // 2))
     first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
     return (
         f"{len(losses)} steps (up to step {step}) in {seconds:.0f} s: mean train_loss {first:.4f} in the first {n}, "

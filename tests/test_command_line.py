@@ -120,7 +120,7 @@ def test_interrupt_ends_quietly(call: Callable, capsys: pytest.CaptureFixture[st
         call("data=fake", job=fail_with(KeyboardInterrupt()))
 
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "tool.py: interrupted\n"
 
 
 def test_other_ranks_leave_rank_0_time_to_tell_and_name_themselves(

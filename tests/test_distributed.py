@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from diffusion_data import distributed
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress, format_seconds
@@ -45,7 +46,8 @@ def test_each_number_is_claimed_by_one_rank() -> None:
         while (number := one.claim("shard")) < 200:
             claimed.append(number)
 
-    threads = [threading.Thread(target=claim_all, args=(one,)) for one in ranks(4)]
+    everybody = ranks(4)  # held: the first one's store is the server of all
+    threads = [threading.Thread(target=claim_all, args=(one,)) for one in everybody]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,6 +65,52 @@ def test_a_published_value_reaches_a_rank_that_waits_for_it() -> None:
     first.publish("plan", {"todo": [1, 2]})
     waiting.join()
     assert received == [{"todo": [1, 2]}]
+
+
+def test_waiting_for_a_rank_that_has_stopped_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_SECONDS_OF_SILENCE", 0.5)
+    first, second = ranks(2)
+    with second:
+        pass  # was alive once
+    with first, pytest.raises(UserError, match=r"rank 1 has stopped without a word.*same command again"):
+        first.receive("finished/1", publisher=1)
+
+
+def test_a_rank_that_is_only_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(distributed, "_SECONDS_BETWEEN_BEATS", 0.1)
+    first, second = ranks(2)
+    with first, second:
+        threading.Timer(1.5, lambda: second.publish("finished/1", True)).start()
+        assert first.receive("finished/1", publisher=1) is True
+
+
+def test_after_a_restart_nothing_of_the_first_start_is_seen() -> None:
+    """torchrun keeps its store over restarts, and a rank of the new start may ask before rank 0 answers."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        stores = [TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
+        first, second = (
+            Ranks(rank=rank, world_size=2, local_rank=rank, local_world_size=2, store=store)
+            for rank, store in enumerate(stores)
+        )
+        joining = threading.Thread(target=second._join_this_start)
+        joining.start()
+        first._join_this_start()
+        joining.join()
+        with first, second:
+            assert sorted([first.claim("shard"), second.claim("shard")]) == [0, 1]
+            assert not second.store.check(["plan"])
+            first.publish("plan", 1)
+            assert second.receive("plan") == 1
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_another_launcher_than_torchrun_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=f"{name}=8: start several processes with torchrun"):
+        Ranks.connect()
 
 
 def test_counters_add_up_over_ranks() -> None:

@@ -51,7 +51,7 @@ def test_gradient_accumulation():
 
 @pytest.mark.parametrize(("global_batch_size", "nearest"), [(8, "6"), (1, "6"), (10, "12")])
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_would(global_batch_size, nearest):
-    with pytest.raises(UserError, match=f"{nearest} would be"):
+    with pytest.raises(UserError, match=f"set global_batch_size={nearest}"):
         gradient_accumulation_steps(global_batch_size, 2, 3)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import pickle
 import tarfile
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ import yaml
 from PIL import Image
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.errors import UserError
+from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import LatentSample
-from diffusion_data.media import MediaConfig
-from diffusion_data.prepare_config import TextEncoderConfig
+from diffusion_data.media import MediaConfig, MediaLoader
+from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, TokenizerConfig
 from diffusion_data.prepare_energon_dataset import prepare
+from diffusion_data.process_funcs import MediaSample, media_caption
 from diffusion_data.t5_text_encoder import T5TextEncoder
 from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
 
@@ -202,7 +206,7 @@ def test_workers_batches_of_work_and_ranks_change_no_byte(tmp_path: Path) -> Non
     [
         ({"media": MediaConfig(short_side=64)}, r"media\.short_side: 48 -> 64"),
         ({"metadata_columns": ()}, r"metadata_columns\.0: 'score' -> None"),
-        ({"samples_per_shard": 3}, r"rows_per_shard: 4 -> 3"),
+        ({"samples_per_shard": 3}, r"samples_per_shard: 4 -> 3"),
         ({"text_encoder": TextEncoderConfig(name="tiny-t5", max_length=4)}, r"max_length: 512 -> 4"),
     ],
 )
@@ -318,3 +322,91 @@ def test_a_dataset_that_cannot_be_read_back_fails_the_run(tmp_path: Path, monkey
     monkeypatch.setattr(T5TextEncoder, "encode_tokens", lambda self, batch: [zeros[: len(ids)] for ids in batch])
     with pytest.raises(UserError, match="no_text"):
         prepare(prepare_config(small(tmp_path, 4), tmp_path / "out"))
+
+
+def fetch_or_fail(row: dict[str, Any], *, media: MediaLoader, network: str) -> MediaSample:
+    """A process function whose network is down as long as the file `network` doesn't exist."""
+    if not Path(network).exists():
+        raise RowRejected(Reason.fetch_error, "no network")
+    return media_caption(row, media=media)
+
+
+def test_what_an_outage_of_the_network_rejected_is_tried_again(tmp_path: Path) -> None:
+    source, network = small(tmp_path), tmp_path / "network"
+    func = {"_target_": f"{__name__}.fetch_or_fail", "network": str(network)}
+    with pytest.raises(UserError, match=r"every row was rejected \(fetch_error 8\)"):
+        prepare(prepare_config(source, tmp_path / "out", process_func=func))
+    network.touch()
+    totals = prepare(prepare_config(source, tmp_path / "out", process_func=func))
+    assert totals is not None
+    assert (totals.written, totals.rejected) == (8, {})
+
+
+def test_ways_to_fetch_may_change_between_runs(tmp_path: Path) -> None:
+    source = small(tmp_path, 4)
+    prepare(prepare_config(source, tmp_path / "out"))
+    other = MediaConfig(short_side=48, allowed_roots=("/elsewhere",), allowed_hosts=("a",), fetch_timeout_seconds=1.0)
+    prepare(prepare_config(source, tmp_path / "out", media=other))
+
+
+def test_a_source_may_move_to_another_folder(tmp_path: Path) -> None:
+    source = small(tmp_path, 4)
+    prepare(prepare_config(source, tmp_path / "out"))
+    (tmp_path / "elsewhere").mkdir()
+    prepare(prepare_config(source.rename(tmp_path / "elsewhere" / source.name), tmp_path / "out"))
+
+
+def test_a_changed_helper_in_the_users_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "pets_of_mine.py"
+    text = """
+from diffusion_data import MediaSample
+def say(caption): return caption + " A"
+def pet(row, *, media): return MediaSample(frames=media.load(row["media"]), caption=say(row["caption"]))
+"""
+    module.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    source, func = small(tmp_path, 4), {"_target_": "pets_of_mine.pet"}
+    prepare(prepare_config(source, tmp_path / "out", process_func=func))
+    module.write_text(text.replace(" A", " B"))
+    with pytest.raises(UserError, match=r"process_func\.module_sha256"):
+        prepare(prepare_config(source, tmp_path / "out", process_func=func))
+
+
+def test_a_full_disk_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = small(tmp_path)
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.name == "shard_000001.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UserError, match=r"can't write shard_000001\.tar: .*No space left.*same command again"):
+        prepare(prepare_config(source, tmp_path / "out"))
+    monkeypatch.undo()
+    prepare(prepare_config(source, tmp_path / "out"))
+    prepare(prepare_config(source, tmp_path / "undisturbed"))
+    assert tar_bytes(tmp_path / "out") == tar_bytes(tmp_path / "undisturbed")
+
+
+def test_shards_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
+    source = small(tmp_path, 4)
+    prepare(prepare_config(source, tmp_path / "out"))
+    (tmp_path / "out/run/fingerprint.json").unlink()
+    with pytest.raises(UserError, match=r"has a ledger but no fingerprint\.json"):
+        prepare(prepare_config(source, tmp_path / "out"))
+    (tmp_path / "out/run/fingerprint.json").write_text("{")
+    with pytest.raises(UserError, match=r"fingerprint\.json is damaged"):
+        prepare(prepare_config(source, tmp_path / "out"))
+
+
+def test_the_options_file_lists_every_option_with_its_default() -> None:
+    """Options that are not in configs/prepare.yaml can't be set on the command line."""
+    listed = yaml.safe_load((Path(__file__).parent.parent / "configs/prepare.yaml").read_text())
+    for group, kind in [("media", MediaConfig), ("batching", BatchingConfig)]:
+        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(kind()).items()}
+        assert listed[group] == defaults
+    for group, kind in [("tokenizer", TokenizerConfig), ("text_encoder", TextEncoderConfig)]:
+        assert set(listed[group]) == {each.name for each in fields(kind)}
+    assert set(listed) - {"defaults", "hydra"} == {each.name for each in fields(PrepareConfig)}

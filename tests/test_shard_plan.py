@@ -39,6 +39,12 @@ def test_there_are_at_least_as_many_shards_as_splits() -> None:
     assert sizes(3, 100, (8, 1, 1)) == [1, 1, 1]
 
 
+def test_a_size_that_is_chosen_suits_the_ratio_too() -> None:
+    assert len(sizes(45, None, (8, 1, 1))) == 12
+    assert [len(each) for each in assign_splits(files(12), (8, 1, 1), seed=0).values()] == [9, 2, 1]
+    assert sizes(3, None, (8, 1, 1)) == [1, 1, 1]
+
+
 def test_fewer_rows_than_splits_is_refused() -> None:
     with pytest.raises(UserError, match="2 rows can't fill 3 splits"):
         plan_shards(2, None, (8, 1, 1))

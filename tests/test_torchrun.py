@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,16 @@ from tests.test_prepare import tar_bytes
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "scripts" / "prepare_energon_dataset.py")
-OPTIONS = ["recipe=media_caption", "metadata_columns=[score]", "samples_per_shard=4", "media.short_side=48"]
+MEDIA_CAPTION = "recipe=media_caption"
+OPTIONS = ["metadata_columns=[score]", "samples_per_shard=4", "media.short_side=48"]
 
 
-def torchrun(num_processes: int, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+def torchrun(num_processes: int, *options: str, cwd: Path, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={num_processes}", f"--max-restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [*command, SCRIPT, *OPTIONS, *options],
+        [*command, SCRIPT, MEDIA_CAPTION, *OPTIONS, *options],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -54,11 +58,18 @@ def test_a_users_mistake_is_told_once_and_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["output_dir=out"], "missing option source.path"),
-        (["source.path=nowhere.parquet", "output_dir=out"], "source.path: there is nothing at nowhere.parquet"),
-        (["source.path=x", "output_dir=out", "media.shortside=3"], "unknown option media.shortside: did you mean"),
-        (["source.path={source}", "output_dir=out", "tokenizer.name=./weights"], "./weights"),
-        (["source.path={source}", "output_dir=out", "device=tpu"], "device: expected auto, cpu or cuda"),
+        (["output_dir=out"], "missing option recipe: add recipe=NAME; there are: butterflies, media_caption, sample"),
+        ([MEDIA_CAPTION, "output_dir=out"], "missing option source.path"),
+        (
+            [MEDIA_CAPTION, "source.path=nowhere.parquet", "output_dir=out"],
+            "source.path: there is nothing at nowhere.parquet",
+        ),
+        (
+            [MEDIA_CAPTION, "source.path=x", "output_dir=out", "media.shortside=3"],
+            "unknown option media.shortside: did you mean",
+        ),
+        ([MEDIA_CAPTION, "source.path={source}", "output_dir=out", "tokenizer.name=./weights"], "./weights"),
+        ([MEDIA_CAPTION, "source.path={source}", "output_dir=out", "device=tpu"], "device: expected auto, cpu or cuda"),
     ],
 )
 def test_without_torchrun_a_mistake_is_one_line_and_no_more(tmp_path: Path, options: list[str], said: str) -> None:
@@ -74,3 +85,57 @@ def test_without_torchrun_a_mistake_is_one_line_and_no_more(tmp_path: Path, opti
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert said in failed.stderr
+
+
+def test_a_rank_that_was_killed_is_restarted_by_torchrun_and_nothing_is_lost(tmp_path: Path) -> None:
+    """The process function of row 9 kills its rank, once."""
+    (tmp_path / "unlucky.py").write_text(
+        """
+import os, signal
+from diffusion_data.process_funcs import media_caption
+
+def process(row, *, media, flag):
+    if row["score"] == 0.9 and not os.path.exists(flag):
+        open(flag, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return media_caption(row, media=media)
+"""
+    )
+    source = write_source(tmp_path / "source.parquet", source_rows(26))
+    options = [
+        f"source.path={source}",
+        "output_dir=killed",
+        "num_workers=0",  # so that the rank itself runs the function
+        "process_func._target_=unlucky.process",
+        f"+process_func.flag={tmp_path}/flag",
+        "~process_func.media_column",
+        "~process_func.caption_column",
+    ]
+    finished = torchrun(2, *options, cwd=tmp_path, restarts=1)
+    assert (tmp_path / "flag").exists()
+    assert finished.returncode == 0, finished.stderr
+    assert "26 rows = 26 written + 0 rejected" in finished.stdout
+    prepare(prepare_config(source, tmp_path / "undisturbed"))
+    assert tar_bytes(tmp_path / "killed") == tar_bytes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
+    source = write_source(tmp_path / "source.parquet", source_rows(60))
+    options = [MEDIA_CAPTION, *OPTIONS, f"source.path={source}", "output_dir=out"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as running:
+        while not list((tmp_path / "out").glob("shard_*.tar")):
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(number)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted; what is finished is kept: run the same command again to go on" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out/.nv-meta").exists()
+    prepare(prepare_config(source, tmp_path / "out"))
+    prepare(prepare_config(source, tmp_path / "undisturbed"))
+    assert tar_bytes(tmp_path / "out") == tar_bytes(tmp_path / "undisturbed")
