@@ -9,6 +9,7 @@ One row a sample: a picture, or the first, middle and last frame of a clip. Capt
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def contact_sheet(strips: list[np.ndarray], columns: int) -> np.ndarray:
     return np.concatenate([pad(row, width - row.shape[1], 0) for row in rows])
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def tokenizer_of(dataset: Path) -> str:
     """The tokenizer that made the dataset, from its run/config.yaml."""
     config = dataset / "run" / "config.yaml"
@@ -60,14 +67,15 @@ def tokenizer_of(dataset: Path) -> str:
     return str(yaml.safe_load(config.read_text())["tokenizer"]["name"])
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """words: the command line; None for the process's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("picture", type=Path, help="the contact sheet to write, .png or .jpg")
-    parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--columns", type=int, default=4)
+    parser.add_argument("--samples", type=positive, default=24)
+    parser.add_argument("--columns", type=positive, default=4)
     parser.add_argument("--tokenizer", help="name or folder; default: what made the dataset")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         check_dataset(arguments.dataset)
         tokenizer = CosmosTokenizer.from_pretrained(

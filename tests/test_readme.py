@@ -67,6 +67,11 @@ def test_the_train_commands_train(sample_dataset: Path, data: str) -> None:
     run_in(sample_dataset.parent, command(f"python scripts/train.py {data}"), "trainer.max_steps=2")
 
 
+def test_the_preview_command_writes_a_picture(sample_dataset: Path) -> None:
+    run_in(sample_dataset.parent, command("python scripts/preview_dataset.py"))
+    assert (sample_dataset.parent / "preview.png").stat().st_size > 10_000
+
+
 def test_the_datamodule_lines_give_the_batch_they_describe(
     sample_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
