@@ -7,9 +7,9 @@ Causal in time: T = 1 + k * temporal_compression frames give t = 1 + k latent fr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from diffusion_data.cosmos_checkpoint import decoder_config, encoder_config, state_dict_for_diffusers
 from diffusion_data.errors import UserError
+from diffusion_data.hub_files import WantedFiles, model_folder
 from diffusion_data.torchscript_weights import read_torchscript_weights
 
 Network = Any
@@ -163,7 +164,7 @@ def _find(name_or_path: str | Path, cache_dir: str | Path | None, decoder: bool)
         return name, _folder_of_layout(folder, decoder)
     repo = hub_name(name)
     if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        return repo, _download(repo, cache_dir, decoder)
+        return repo, _folder_of_layout(model_folder(repo, _wanted(decoder), cache_dir), decoder)
     raise UserError(
         f"no such model: {name} is neither bundled, nor a folder, nor a name on the hub "
         f"(owner/model); {_looked_for(decoder)}"
@@ -179,49 +180,29 @@ def _looked_for(decoder: bool) -> str:
     return f"looked for {jit}, or config.json and {SAFETENSORS} (also under vae/)"
 
 
+def _wanted(decoder: bool) -> WantedFiles:
+    def choose(names: Collection[str]) -> list[str]:
+        layouts = (_needed(layout, decoder) for layout in LAYOUTS)
+        return next((list(files) for files in layouts if set(files) <= set(names)), [])
+
+    return WantedFiles(
+        kind="tokenizer",
+        looked_for=_looked_for(decoder),
+        choose=choose,
+        is_complete=lambda folder: _layout_in(folder, decoder) is not None,
+    )
+
+
+def _layout_in(folder: Path, decoder: bool) -> tuple[str, str] | None:
+    complete = (layout for layout in LAYOUTS if all((folder / file).is_file() for file in _needed(layout, decoder)))
+    return next(complete, None)
+
+
 def _folder_of_layout(folder: Path, decoder: bool) -> Path:
-    for layout in LAYOUTS:
-        if all((folder / file).is_file() for file in _needed(layout, decoder)):
-            return (folder / layout[0]).parent
-    raise UserError(f"no tokenizer in {folder}: {_looked_for(decoder)}")
-
-
-def _download(name: str, cache_dir: str | Path | None, decoder: bool) -> Path:
-    """Folder in the hub's cache with the files of the first of LAYOUTS that is there; only they are fetched.
-
-    The cache comes first: a resumed run gets the weights that it began with, and works without network.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
-    def fetch(layout: tuple[str, str], cached: bool) -> Path:
-        files = [
-            hf_hub_download(name, file, cache_dir=cache_dir, local_files_only=cached)
-            for file in _needed(layout, decoder)
-        ]
-        return Path(files[0]).parent
-
-    for layout in LAYOUTS:
-        with contextlib.suppress(errors.LocalEntryNotFoundError):
-            return fetch(layout, cached=True)
-    page = f"https://huggingface.co/{name}"
-    try:
-        for layout in LAYOUTS:
-            with contextlib.suppress(errors.RemoteEntryNotFoundError):
-                return fetch(layout, cached=False)
-    except errors.GatedRepoError as error:
-        raise UserError(f"{name} is locked: accept its terms at {page}, then hf auth login") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"no such model: {name} is neither a folder nor on the hub ({page}; a private one needs hf auth login); "
-            f"{_looked_for(decoder)}"
-        ) from error
-    except (errors.HTTPError, OSError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(
-            f"can't fetch {name} from the hub ({cause}): give a folder that has its files, or a cache_dir that has "
-            f"them already; {_looked_for(decoder)}"
-        ) from error
-    raise UserError(f"no tokenizer in {page}: {_looked_for(decoder)}")
+    layout = _layout_in(folder, decoder)
+    if layout is None:
+        raise UserError(f"no tokenizer in {folder}: {_looked_for(decoder)}")
+    return (folder / layout[0]).parent
 
 
 def _new_network(config: dict[str, Any]) -> Network:

@@ -1,12 +1,13 @@
 """Parquet (file, folder, glob, fsspec URL) -> rows, as dicts of Python values, with global indices.
 
 The rows of all files, in sorted file order, are numbered 0 .. num_rows - 1. Opening reads footers only;
-`read_rows` reads the row groups that a range touches, a batch of rows at a time.
+`read_rows` reads a range a batch of rows at a time, and goes on in the open file when the next range follows.
 """
 
 from __future__ import annotations
 
 import bisect
+import glob
 import hashlib
 import posixpath
 from collections.abc import Iterator
@@ -16,16 +17,15 @@ from itertools import accumulate
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_data.assets import SAMPLE_PARQUET
 from diffusion_data.errors import UserError
+from diffusion_data.parquet_reader import ParquetReader, one_line
 
 BUNDLED_SAMPLE = "bundled-sample"
 
 _FOOTER_READERS = 16  # footers are small: opening them is all latency on network disks
-_ROWS_PER_READ = 16  # rows decoded from a row group at a time: rows may hold pictures of megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,10 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the input: `index` is global, `source_row` counts within `source_file`."""
+    """One row of the input: `index` is global, `source_row` counts within `source_file`.
+
+    values: Python values by column, a BadCell where there is none
+    """
 
     index: int
     source_file: str
@@ -78,11 +81,13 @@ class Row:
 
 
 class ParquetSource:
-    """All rows of one or many parquet files, in sorted file order."""
+    """All rows of one or many parquet files, in sorted file order. Read by one thread; `close` when done."""
 
     def __init__(self, files: list[SourceFile]) -> None:
         self.files = files
         self._ends = list(accumulate(file.num_rows for file in files))
+        self._kept: ParquetReader | None = None
+        self._closed = False
 
     @classmethod
     def open(cls, path: str) -> ParquetSource:
@@ -117,44 +122,89 @@ class ParquetSource:
                     )
 
     def read_rows(self, start: int, stop: int) -> Iterator[Row]:
-        """The rows of the global range [start, stop), in order."""
+        """The rows of the global range [start, stop), in order.
+
+        A range after the last one, in the same row group, is read on to: opening anew would decode the
+        row group from its start. Any other range, and any two at the same time, are read as well.
+        """
         index = start
         while index < stop:
             number = bisect.bisect_right(self._ends, index)
             file = self.files[number]
             first_of_file = self._ends[number] - file.num_rows
             last = min(stop - first_of_file, file.num_rows)
-            for source_row, values in _read_file_rows(file, index - first_of_file, last):
-                yield Row(
-                    index=first_of_file + source_row,
-                    source_file=file.name,
-                    source_row=source_row,
-                    folder=file.folder,
-                    values=values,
-                )
+            reader = self._take_reader(file, index - first_of_file)
+            try:
+                for source_row, values in reader.rows(index - first_of_file, last):
+                    yield Row(
+                        index=first_of_file + source_row,
+                        source_file=file.name,
+                        source_row=source_row,
+                        folder=file.folder,
+                        values=values,
+                    )
+            except GeneratorExit:  # whoever reads has had enough, maybe only for now
+                self._keep(reader)
+                raise
+            except BaseException:
+                reader.close()
+                raise
+            self._keep(reader)
             index = first_of_file + last
+
+    def close(self) -> None:
+        """Close the file that was kept open. Rows can still be read, but no file is kept open any more."""
+        self._closed = True
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def _take_reader(self, file: SourceFile, start: int) -> ParquetReader:
+        """The kept reader where it helps. Its new owner has it alone, so ranges read in turns don't mix."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept.url == file.url and kept.comes_to(start):
+                return kept
+            kept.close()
+        return ParquetReader(file.url, file.row_group_rows, start)
+
+    def _keep(self, reader: ParquetReader) -> None:
+        if self._closed or self._kept is not None or reader.next_row == reader.num_rows:
+            reader.close()
+        else:
+            self._kept = reader
 
 
 def _find(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     try:
         filesystem, root = fsspec.core.url_to_fs(path)
-        if any(character in root for character in "*?["):
-            found = filesystem.glob(root)
-        elif filesystem.isdir(root):
+        if filesystem.isdir(root):
             found = filesystem.find(root)
         elif filesystem.exists(root):
             return filesystem, [root]
+        elif glob.has_magic(root):
+            found = filesystem.glob(_literal_folder(filesystem, root))
         else:
             raise UserError(f"source.path: there is nothing at {path}")
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"source.path: can't look into {path}: {_one_line(error)}") from error
+        raise UserError(f"source.path: can't look into {path}: {one_line(error)}") from error
     below = len(posixpath.commonpath([posixpath.dirname(each) for each in found])) if found else 0
     paths = sorted(each for each in found if _is_data(each[below:]))
     if not paths:
         raise UserError(f"source.path: no .parquet file in {path}, which has {len(found)} other files")
     return filesystem, paths
+
+
+def _literal_folder(filesystem: fsspec.AbstractFileSystem, pattern: str) -> str:
+    """The pattern with what names a folder that is there escaped: data[1]/*.parquet is about data[1]."""
+    folder = posixpath.dirname(pattern)
+    while glob.has_magic(folder):
+        if filesystem.isdir(folder):
+            return glob.escape(folder) + pattern.removeprefix(folder)
+        folder = posixpath.dirname(folder)
+    return pattern
 
 
 def _is_data(path: str) -> bool:
@@ -171,7 +221,7 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
             file.seek(num_bytes - 8 - metadata.serialized_size)
             footer = file.read(metadata.serialized_size)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        raise UserError(f"source.path: {url} is not a readable parquet file: {_one_line(error)}") from error
+        raise UserError(f"source.path: {url} is not a readable parquet file: {one_line(error)}") from error
     return SourceFile(
         url=url,
         name=posixpath.relpath(path, shared),
@@ -180,32 +230,3 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
         columns=tuple(metadata.schema.to_arrow_schema().names),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
     )
-
-
-def _read_file_rows(file: SourceFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row within the file, values) of the rows [start, stop), from the row groups they lie in."""
-    group_ends = list(accumulate(file.row_group_rows))
-    first_group = bisect.bisect_right(group_ends, start)
-    last_group = bisect.bisect_left(group_ends, stop)
-    source_row = group_ends[first_group] - file.row_group_rows[first_group]
-    try:
-        with fsspec.open(file.url, "rb") as opened:
-            batches = pq.ParquetFile(opened).iter_batches(
-                batch_size=_ROWS_PER_READ, row_groups=list(range(first_group, last_group + 1))
-            )
-            for batch in batches:
-                skipped = min(max(start - source_row, 0), len(batch))
-                wanted = batch.slice(skipped, min(stop - source_row, len(batch)) - skipped)
-                yield from enumerate(wanted.to_pylist(), source_row + skipped)
-                source_row += len(batch)
-                if source_row >= stop:
-                    return
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"source.path: {file.url} can't be read from row {source_row} on: {_one_line(error)}"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

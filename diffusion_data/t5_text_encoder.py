@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from diffusion_data.assets import bundled, bundled_names
 from diffusion_data.errors import UserError
+from diffusion_data.hub_files import WantedFiles, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -31,6 +33,9 @@ _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "adde
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 """Older repositories (t5-11b is one) have only these; transformers reads them without running code."""
+
+_ALTERNATIVES = ((_CONFIG,), _TOKENIZERS, (*_SAFETENSORS, *_PICKLES))
+"""A model has one of each at least; of weights, the first there is."""
 
 
 _LEGACY_NAMES = ("t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b")
@@ -176,56 +181,54 @@ def _find_folder(name: str, cache_dir: str | Path | None) -> Path:
             f"no text encoder {name!r}: it is not a folder here, not one of the bundled models "
             f"({', '.join(bundled_names())}), and not a Hugging Face name such as google-t5/t5-11b"
         )
-    return _download(name, cache_dir)
+    # an older cache may lack a shard that the index names, so completeness is what loading will check
+    wanted = WantedFiles(
+        kind="text encoder", looked_for=_looked_for(), choose=_choose, is_complete=lambda found: not _lacks(found)
+    )
+    return model_folder(name, wanted, cache_dir)
 
 
-def _download(name: str, cache_dir: str | Path | None) -> Path:
-    """Fetches what is missing in the cache; of two formats of the same weights, only safetensors."""
-    import huggingface_hub
-    from huggingface_hub import errors as hub_errors
+def _looked_for() -> str:
+    return f"looked for {', and '.join(' or '.join(files) for files in _ALTERNATIVES)}"
 
-    small = [_CONFIG, *_TOKENIZERS, *_TOKENIZER_SETTINGS]
-    patterns = [*small, *_SAFETENSORS, "model-*-of-*.safetensors"]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
-        if not any((folder / file).is_file() for file in _SAFETENSORS):
-            patterns = [*small, *_PICKLES, "pytorch_model-*-of-*.bin"]
-            huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns)
-    except hub_errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"no text encoder {name!r} on the Hugging Face hub, nor a folder of that name here "
-            "(a private or gated one needs HF_TOKEN)"
-        ) from error
-    except hub_errors.HFValidationError as error:
-        raise UserError(f"{name!r} is neither a folder nor a possible Hugging Face name") from error
-    # HTTPError is the base of the hub's HTTP client, which differs between versions of the hub's library.
-    except (hub_errors.HTTPError, OSError) as error:
-        raise UserError(
-            f"text encoder {name!r} is no folder here, is not complete in the cache "
-            f"({cache_dir or 'the default one'}), and can't be fetched from the Hugging Face hub: "
-            f"{_one_line(error.__cause__ or error)}. Check the network, or name a folder that has it, or tiny-t5"
-        ) from error
-    return folder
+
+def _choose(names: Collection[str]) -> list[str]:
+    """Of two formats of the same weights, only safetensors."""
+    safetensors = any(name in names for name in _SAFETENSORS)
+    weights = (*_SAFETENSORS, "model-*-of-*.safetensors") if safetensors else (*_PICKLES, "pytorch_model-*-of-*.bin")
+    patterns = (_CONFIG, *_TOKENIZERS, *_TOKENIZER_SETTINGS, *weights)
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _lacks(folder: Path) -> str:
+    """What isn't there of the files that decide the embeddings, in words; empty when nothing."""
+    found = [any((folder / file).is_file() for file in files) for files in _ALTERNATIVES]
+    missing = [" or ".join(files) for files, present in zip(_ALTERNATIVES, found, strict=True) if not present]
+    if missing:
+        return f"{folder} has no {'; no '.join(missing)}"
+    shards = _shards(folder)
+    absent = sorted(shard for shard in shards or () if not (folder / shard).is_file())
+    if absent or shards == set():
+        return f"{_weights_in(folder)} in {folder} lacks {', '.join(absent) or 'weight_map'}"
+    return ""
+
+
+def _weights_in(folder: Path) -> str:
+    return next(file for file in _ALTERNATIVES[-1] if (folder / file).is_file())
+
+
+def _shards(folder: Path) -> set[str] | None:
+    """The files that the index names; None where the weights are in one file."""
+    weights = _weights_in(folder)
+    return set(_read_json(folder / weights).get("weight_map", {}).values()) if weights.endswith(".index.json") else None
 
 
 def _list_files(name: str, folder: Path) -> list[Path]:
     """The files that decide the embeddings, sorted; or says what the folder lacks."""
-    alternatives = ((_CONFIG,), _TOKENIZERS, (*_SAFETENSORS, *_PICKLES))
-    found = [[file for file in files if (folder / file).is_file()] for files in alternatives]
-    missing = [" or ".join(files) for files, present in zip(alternatives, found, strict=True) if not present]
-    if missing:
-        raise UserError(f"text encoder {name!r}: {folder} has no {'; no '.join(missing)}")
-    weights = found[2][0]
-    names = {_CONFIG, *found[1], weights}
-    names.update(file for file in _TOKENIZER_SETTINGS if (folder / file).is_file())
-    if weights.endswith(".index.json"):
-        shards = set(_read_json(folder / weights).get("weight_map", {}).values())
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if absent or not shards:
-            lacks = ", ".join(absent) or "weight_map"
-            raise UserError(f"text encoder {name!r}: {weights} in {folder} lacks {lacks}")
-        names |= shards
-    return [folder / file for file in sorted(names)]
+    if lacks := _lacks(folder):
+        raise UserError(f"text encoder {name!r}: {lacks}")
+    names = {file for file in (_CONFIG, *_TOKENIZERS, *_TOKENIZER_SETTINGS) if (folder / file).is_file()}
+    return [folder / file for file in sorted(names | {_weights_in(folder)} | (_shards(folder) or set()))]
 
 
 def _load(name: str, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:

@@ -13,6 +13,7 @@ import csv
 import os
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -105,6 +106,12 @@ class Metrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()  # else TensorBoard's thread would go on writing after the run
+
+    def _close(self) -> None:
         if self._progress is not None:
             self._progress.close()
         if self._tensorboard is not None:
@@ -135,7 +142,10 @@ class Metrics(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves every n optimizer steps and at the last one; keeps the newest few. Comes after Metrics."""
+    """Saves every n optimizer steps and at the last one; keeps the newest few. Comes after Metrics.
+
+    Checkpoints beyond the step that a run goes on from, like rows of its metrics, are of a run that is no more.
+    """
 
     def __init__(self, output_dir: Path, metrics: Metrics, every_n_steps: int, keep: int) -> None:
         self._last = output_dir / LAST_CHECKPOINT
@@ -146,6 +156,10 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        continued = self._path(trainer.global_step)
+        if trainer.is_global_zero and continued.exists():  # else they go when there is one that `last` can be
+            self._point_last_at(continued)
+            self._delete(step for step in self._steps() if step > trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,12 +170,24 @@ class Checkpoints(Callback):
             return
         self._saved_step = step
         self._metrics.write(trainer)  # so that metrics.csv reaches as far as the checkpoint
-        path = self._last.with_name(f"step_{step:06d}.ckpt")
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(self._path(step))
         if trainer.is_global_zero:
-            self._point_last_at(path)
-            for old in sorted(self._last.parent.glob("step_*.ckpt"))[: -self._keep]:
-                old.unlink()
+            self._point_last_at(self._path(step))
+            kept = [saved for saved in self._steps() if saved <= step][-self._keep :]
+            self._delete(saved for saved in self._steps() if saved not in kept)
+
+    def _path(self, step: int) -> Path:
+        return self._last.with_name(f"step_{step:06d}.ckpt")
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints there are, in order: as numbers, for names sort otherwise from 1000000 on."""
+        names = (path.stem.removeprefix("step_") for path in self._last.parent.glob("step_*.ckpt"))
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        return [step for step in steps if self._path(step).exists()]
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            self._path(step).unlink()
 
     def _point_last_at(self, path: Path) -> None:
         temporary = self._last.with_suffix(".new")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
+from diffusion_data.assets import bundled
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer, hub_name, scale_pixels
 from diffusion_data.errors import UserError
+from tests.fake_hub import running_hub
 from tests.original_cosmos_network import PUBLISHED, OriginalConfig, original_network, save_traced, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -209,63 +210,49 @@ def test_older_hub_names_are_mapped(name: str, expected: str) -> None:
     assert hub_name(name) == expected
 
 
-class FakeHub:
-    """Stands for hf_hub_download: `files` are on the hub, `cached` in the cache; `error` is raised instead."""
-
-    def __init__(self, files: Path, cached: tuple[str, ...] = (), error: Exception | None = None) -> None:
-        self.files, self.cached, self.error = files, cached, error
-        self.downloaded: list[str] = []
-
-    def __call__(self, repo: str, file: str, cache_dir: object, local_files_only: bool) -> str:
-        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-
-        if local_files_only:
-            if file not in self.cached:
-                raise LocalEntryNotFoundError("not cached")
-            return str(self.files / file)
-        if self.error:
-            raise self.error
-        if not (self.files / file).is_file():
-            raise RemoteEntryNotFoundError("404", response=response(404))
-        self.downloaded.append(f"{repo}/{file}")
-        return str(self.files / file)
+def test_a_hub_name_downloads_only_the_files_needed(
+    saved: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "nvidia/Cosmos-0.1-Tokenizer-CV4x8x8"
+    with running_hub(monkeypatch, tmp_path) as hub:
+        hub.add(name, saved["CV4x8x8"][0])
+        tokenizer = CosmosTokenizer.from_pretrained("CosmosCausalCV_f4x8x8", decoder=False)
+        assert tokenizer.name == name
+        assert hub.downloaded == ["encoder.jit"]
+        assert CosmosTokenizer.from_pretrained(name).network.decoder is not None  # fetches what is missing
+        assert hub.downloaded == ["encoder.jit", "decoder.jit"]
 
 
-def response(status: int) -> MagicMock:
-    return MagicMock(status_code=status, headers={})
+def test_a_cached_model_needs_no_network_and_stays_what_it_is(
+    saved: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub(monkeypatch, tmp_path) as hub:
+        hub.add("a/b", saved["CV4x8x8"][0])
+        CosmosTokenizer.from_pretrained("a/b")
+        hub.add("a/b", saved["CV8x8x8"][0])
+        hub.requests.clear()
+        assert CosmosTokenizer.from_pretrained("a/b").temporal_compression == 4
+        assert hub.requests == []
 
 
-def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
-    return hub
+def test_diffusers_layout_is_downloaded_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_cosmos = bundled("tiny-cosmos")
+    assert tiny_cosmos is not None
+    shutil.copytree(tiny_cosmos, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "encoder.jit").write_bytes(b"without its decoder")
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.add("a/b", tmp_path / "pipeline")
+        CosmosTokenizer.from_pretrained("a/b")
+        assert sorted(hub.downloaded) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
-def test_a_hub_name_downloads_only_the_files_needed(saved: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use_hub(monkeypatch, FakeHub(saved["CV4x8x8"][0]))
-    tokenizer = CosmosTokenizer.from_pretrained("CosmosCausalCV_f4x8x8", decoder=False)
-    assert tokenizer.name == "nvidia/Cosmos-0.1-Tokenizer-CV4x8x8"
-    assert hub.downloaded == ["nvidia/Cosmos-0.1-Tokenizer-CV4x8x8/encoder.jit"]
-
-
-def test_a_cached_model_needs_no_network(saved: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, FakeHub(saved["CV4x8x8"][0], ("encoder.jit", "decoder.jit"), OSError("no network")))
-    assert CosmosTokenizer.from_pretrained("nvidia/Cosmos-0.1-Tokenizer-CV4x8x8").spatial_compression == 8
-
-
-def test_hub_failures_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    for error, message in (
-        (None, r"no tokenizer in https://huggingface.co/a/b: looked for encoder.jit and decoder.jit"),
-        (LocalEntryNotFoundError("down"), r"can't fetch a/b from the hub \(down\): give a folder .* or a cache_dir"),
-        (HTTPError("slow"), r"can't fetch a/b from the hub \(slow\)"),
-        (GatedRepoError("403", response=response(403)), r"a/b is locked: accept its terms"),
-        (RepositoryNotFoundError("404", response=response(404)), r"no such model: a/b is neither a folder nor"),
-    ):
-        use_hub(monkeypatch, FakeHub(tmp_path, error=error))
-        with pytest.raises(UserError, match=message) as raised:
+def test_a_repository_without_a_tokenizer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_hub(monkeypatch, tmp_path) as hub:
+        hub.repos["a/b"] = {"config.json": b"{}"}
+        with pytest.raises(UserError, match=r"no tokenizer in http.*/a/b: looked for encoder.jit and decoder.jit, or"):
             CosmosTokenizer.from_pretrained("a/b")
-        assert "\n" not in str(raised.value)
 
 
 def test_random_weights_need_a_known_variant() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffusion_data import parquet_reader, sources
 from diffusion_data.errors import UserError
+from diffusion_data.parquet_reader import BadCell, ParquetReader
 from diffusion_data.sources import ParquetSource, SourceFile
 
 
@@ -121,3 +126,132 @@ def test_a_damaged_page_is_an_error_that_names_file_and_row(tmp_path: Path) -> N
     source = ParquetSource.open(str(tmp_path))
     with pytest.raises(UserError, match=r"x\.parquet can't be read from row"):
         list(source.read_rows(0, 3000))
+
+
+@pytest.mark.parametrize("name", ["data[1].parquet", "what?.parquet", "a*.parquet", "set[1]/x.parquet"])
+def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, [1, 2])
+    for other in ("a1", "what1", "data1", "set1/x"):  # what the name would match as a pattern
+        write(tmp_path / f"{other}.parquet", [3])
+    source = ParquetSource.open(str(tmp_path / name))
+    assert values_of(source, 0, source.num_rows) == [1, 2]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_searched(tmp_path: Path) -> None:
+    write(tmp_path / "set[1]" / "x.parquet", [1])
+    write(tmp_path / "set[1]" / "sub" / "y.parquet", [2])
+    write(tmp_path / "set1" / "x.parquet", [3])
+    assert values_of(ParquetSource.open(str(tmp_path / "set[1]")), 0, 2) == [2, 1]
+    assert values_of(ParquetSource.open(str(tmp_path / "set[1]" / "*.parquet")), 0, 1) == [1]
+    assert values_of(ParquetSource.open(str(tmp_path / "set[1]" / "*" / "y.parquet")), 0, 1) == [2]
+    assert ParquetSource.open(str(tmp_path / "set[0-9]" / "*.parquet")).num_rows == 1
+
+
+def test_a_cell_without_a_python_value_is_carried_and_its_row_stays(tmp_path: Path) -> None:
+    caption = pa.Array.from_buffers(  # as other writers leave it: pyarrow's own would refuse these bytes
+        pa.string(), 3, [None, pa.array([0, 3, 5, 9], pa.int32()).buffers()[1], pa.py_buffer(b"one\xff\xfelast")]
+    )
+    taken = pa.array([0, 2**62, None], pa.timestamp("us"))
+    pq.write_table(pa.table({"caption": caption, "taken": taken, "value": [7, 8, 9]}), tmp_path / "x.parquet")
+    first, second, third = (row.values for row in ParquetSource.open(str(tmp_path)).read_rows(0, 3))
+    assert (first["caption"], first["taken"].year, first["value"]) == ("one", 1970, 7)
+    assert isinstance(second["caption"], BadCell)
+    assert second["caption"].message.startswith("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff")
+    assert isinstance(second["taken"], BadCell)
+    assert second["taken"].message.startswith("OverflowError: ")
+    assert second["value"] == 8
+    assert third == {"caption": "last", "taken": None, "value": 9}
+
+
+def test_few_rows_of_a_large_row_group_read_little_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    random = np.random.default_rng(0)
+    table = pa.table({"image": [random.bytes(2000) for _ in range(1000)]})
+    pq.write_table(table, tmp_path / "x.parquet", write_batch_size=8, data_page_size=16_000, use_dictionary=False)
+    MemoryFileSystem().pipe("/large/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    source = ParquetSource.open("memory://large/x.parquet")
+    read: list[int] = []
+
+    def counting(file: MemoryFile, size: int = -1) -> bytes:
+        content = BytesIO.read(file, size)
+        read.append(len(content))
+        return content
+
+    monkeypatch.setattr(MemoryFile, "read", counting, raising=False)
+    monkeypatch.setattr(parquet_reader, "_REMOTE_BUFFER_BYTES", 32_000)
+    assert len(list(source.read_rows(0, 32))) == 32
+    assert 64_000 < sum(read) < 400_000  # of 2 million
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[ParquetReader]:
+    """The readers that a source made, in order."""
+    readers: list[ParquetReader] = []
+
+    def open_reader(*arguments: Any) -> ParquetReader:
+        readers.append(ParquetReader(*arguments))
+        return readers[-1]
+
+    monkeypatch.setattr(sources, "ParquetReader", open_reader)
+    return readers
+
+
+def is_open(reader: ParquetReader) -> bool:
+    return not reader._opened.closed
+
+
+def test_the_next_range_goes_on_in_the_open_file(tmp_path: Path, opened: list[ParquetReader]) -> None:
+    write(tmp_path / "x.parquet", list(range(200)), row_group_size=100)
+    source = ParquetSource.open(str(tmp_path))
+    for start, stop in ((0, 5), (5, 30), (30, 30), (47, 49), (49, 101), (101, 103)):
+        assert values_of(source, start, stop) == list(range(start, stop))
+    assert len(opened) == 1
+    assert values_of(source, 103, 200) == list(range(103, 200))
+    assert not is_open(opened[0])  # nothing is left in it
+
+
+def test_a_range_elsewhere_opens_the_file_anew(tmp_path: Path, opened: list[ParquetReader]) -> None:
+    write(tmp_path / "x.parquet", list(range(200)), row_group_size=100)
+    write(tmp_path / "y.parquet", list(range(200, 210)))
+    source = ParquetSource.open(str(tmp_path))
+    for start, stop in ((0, 5), (4, 6), (150, 152), (201, 203), (7, 9)):  # back, another row group, file, and back
+        assert values_of(source, start, stop) == list(range(start, stop))
+        assert [is_open(reader) for reader in opened] == [False] * (len(opened) - 1) + [True]
+    assert len(opened) == 5
+    source.close()
+    assert not any(map(is_open, opened))
+
+
+def test_a_range_given_up_half_way_loses_and_repeats_no_row(tmp_path: Path, opened: list[ParquetReader]) -> None:
+    write(tmp_path / "x.parquet", list(range(100)), row_group_size=100)
+    source = ParquetSource.open(str(tmp_path))
+    given_up = source.read_rows(0, 50)
+    assert [next(given_up).index for _ in range(20)] == list(range(20))
+    given_up.close()
+    assert values_of(source, 20, 40) == list(range(20, 40))
+    assert values_of(source, 10, 12) == [10, 11]
+    assert len(opened) == 2
+    late = source.read_rows(12, 50)
+    next(late)
+    source.close()
+    late.close()
+    assert not any(map(is_open, opened))
+
+
+def test_ranges_read_in_turns_do_not_mix(tmp_path: Path, opened: list[ParquetReader]) -> None:
+    write(tmp_path / "x.parquet", list(range(100)), row_group_size=100)
+    source = ParquetSource.open(str(tmp_path))
+    pairs = zip(source.read_rows(0, 40), source.read_rows(0, 40), strict=True)
+    assert [(one.index, other.index) for one, other in pairs] == [(i, i) for i in range(40)]
+    source.close()
+    assert not any(map(is_open, opened))
+
+
+def test_a_failed_read_closes_the_file(tmp_path: Path, opened: list[ParquetReader]) -> None:
+    write(tmp_path / "x.parquet", list(range(100)))
+    source = ParquetSource.open(str(tmp_path))
+    write(tmp_path / "x.parquet", list(range(50)))
+    with pytest.raises(UserError, match=r"x\.parquet has changed: it has only 50 rows now"):
+        values_of(source, 40, 60)
+    assert not is_open(opened[0])

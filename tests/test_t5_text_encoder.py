@@ -7,18 +7,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from diffusion_data.assets import bundled
 from diffusion_data.errors import UserError
 from diffusion_data.t5_text_encoder import T5TextEncoder
+from tests.fake_hub import running_hub
 
 END = 1
 CAPTIONS = [
@@ -211,40 +209,59 @@ def test_says_what_a_name_can_be(name: str) -> None:
         T5TextEncoder.from_pretrained(name)
 
 
-def test_tells_an_unknown_repository_from_a_failed_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> str:
-        raise RepositoryNotFoundError("404", response=MagicMock())
-
-    def unreachable(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("many\nlines") from ConnectionError("name or service not known")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
-    with pytest.raises(UserError, match="no text encoder 'some/t5' on the Hugging Face hub"):
-        T5TextEncoder.from_pretrained("some/t5")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    expected = r"'google-t5/t5-11b' is no folder here.*ConnectionError: name or service not known\. Check the network"
-    with pytest.raises(UserError, match=expected) as caught:
-        T5TextEncoder.from_pretrained("t5-11b")
-    assert "\n" not in str(caught.value)
-
-
-def test_fetches_one_format_of_the_weights(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, object, list[str]]] = []
-
-    def fetch(name: str, *, cache_dir: object, allow_patterns: list[str]) -> str:
-        asked.append((name, cache_dir, allow_patterns))
-        return str(model_folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    T5TextEncoder.from_pretrained("some/t5", cache_dir="kept/here")
-    assert [(name, folder) for name, folder, _ in asked] == [("some/t5", "kept/here")]
-    assert not any("pytorch_model" in pattern for pattern in asked[0][2])
-
-    asked.clear()
+def test_fetches_one_format_of_the_weights(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(load_file(model_folder / "model.safetensors"), model_folder / "pytorch_model.bin")
-    (model_folder / "model.safetensors").unlink()
-    T5TextEncoder.from_pretrained("some/t5")
-    assert "pytorch_model.bin" in asked[1][2]
+    (model_folder / "tf_model.h5").write_bytes(b"of no use")
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.add("some/t5", model_folder)
+        T5TextEncoder.from_pretrained("some/t5", cache_dir=tmp_path / "mine")
+        assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(hub.downloaded)
+        assert not {"pytorch_model.bin", "tf_model.h5"} & set(hub.downloaded)
+        assert (tmp_path / "mine").is_dir()
+
+        (model_folder / "model.safetensors").unlink()
+        hub.add("google-t5/t5-11b", model_folder)
+        T5TextEncoder.from_pretrained("t5-11b")
+        assert "pytorch_model.bin" in hub.downloaded
+
+
+def test_a_cached_model_needs_no_network_and_stays_what_it_is(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.add("some/t5", model_folder)
+        first = T5TextEncoder.from_pretrained("some/t5").weight_files
+        rewrite_config(model_folder, something="new")
+        hub.add("some/t5", model_folder)
+        hub.requests.clear()
+        assert T5TextEncoder.from_pretrained("some/t5").weight_files == first
+        assert hub.requests == []
+
+
+def test_a_shard_that_the_cache_lacks_is_fetched(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    weights = load_file(model_folder / "model.safetensors")
+    (model_folder / "model.safetensors").rename(model_folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.add("some/t5", model_folder)
+        weight_files = T5TextEncoder.from_pretrained("some/t5").weight_files
+        next(file for file in weight_files if file.name == shard).unlink()
+        assert T5TextEncoder.from_pretrained("some/t5").weight_files == weight_files
+
+
+def test_a_repository_without_a_text_encoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = (
+        r"no text encoder in http.*/some/t5: looked for config.json, and tokenizer.json or spiece.model, and "
+        r"model.safetensors or .* or pytorch_model.bin or "
+    )
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.repos["some/t5"] = {"config.json": b"{}"}
+        with pytest.raises(UserError, match=expected):
+            T5TextEncoder.from_pretrained("some/t5")
 
 
 def test_refuses_weights_that_do_not_fit(model_folder: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from diffusion_data.diffusion_fake_datamodule import FakeLoader
 from diffusion_data.scripts.train import main
+from diffusion_data.scripts.train_callbacks import Checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 TINY = [
@@ -176,6 +181,77 @@ def test_a_loader_without_batches_stops_the_run(
         train_here(*TINY)
 
     assert "the training data ended at once" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_no_thread_that_writes(
+    train_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeLoader, "__iter__", lambda loader: iter(()))
+    before = set(threading.enumerate())
+    with pytest.raises(SystemExit):
+        train_here(*TINY)
+
+    assert Path("run", "tensorboard").is_dir()
+    assert set(threading.enumerate()) <= before
+
+
+class StepsOnly:
+    """As much of a Trainer as saving a checkpoint takes."""
+
+    is_global_zero = True
+
+    def __init__(self, global_step: int) -> None:
+        self.global_step = global_step
+        self.max_steps = 10**9
+
+    def save_checkpoint(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"saved at {self.global_step}")
+
+
+def kept_checkpoints(folder: Path, first_step: int, *saved_steps: int, keep: int) -> list[int]:
+    """Goes on from first_step, saves at saved_steps, and tells of which steps there are checkpoints then."""
+    metrics: Any = SimpleNamespace(write=lambda trainer: None)
+    callback = Checkpoints(folder, metrics, every_n_steps=100, keep=keep)
+    trainer: Any = StepsOnly(first_step)
+    module: Any = None
+    callback.on_train_start(trainer, module)
+    for trainer.global_step in saved_steps:
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    last = folder / "checkpoints" / "last.ckpt"
+    assert last.read_text() == f"saved at {trainer.global_step}"
+    return sorted(int(path.stem.removeprefix("step_")) for path in last.parent.glob("step_*"))
+
+
+def test_the_newest_checkpoints_by_number_are_kept(tmp_path: Path) -> None:
+    assert kept_checkpoints(tmp_path, 0, 999_400, 999_500, 1_000_000, keep=2) == [999_500, 1_000_000]
+    assert kept_checkpoints(tmp_path, 1_000_000, 1_000_100, keep=1) == [1_000_100]
+
+
+def test_going_on_from_an_earlier_step_drops_the_later_checkpoints(tmp_path: Path) -> None:
+    assert kept_checkpoints(tmp_path, 0, 500, 1000, keep=2) == [500, 1000]
+    shutil.copytree(tmp_path, tmp_path / "copy", symlinks=True)
+    assert kept_checkpoints(tmp_path, 500, keep=1) == [500]
+    assert kept_checkpoints(tmp_path / "copy", 500, 600, keep=1) == [600]
+
+
+def test_going_on_from_elsewhere_drops_them_only_when_there_is_a_checkpoint(tmp_path: Path) -> None:
+    kept_checkpoints(tmp_path, 0, 1000, keep=1)
+    metrics: Any = None
+    elsewhere: Any = StepsOnly(500)
+    Checkpoints(tmp_path, metrics, every_n_steps=100, keep=3).on_train_start(elsewhere, metrics)
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_text() == "saved at 1000"
+    assert kept_checkpoints(tmp_path, 500, 600, keep=3) == [600]
+
+
+def test_a_checkpoint_that_the_user_named_is_left_alone(tmp_path: Path) -> None:
+    kept_checkpoints(tmp_path, 0, 100, keep=1)
+    best = tmp_path / "checkpoints" / "step_100_best.ckpt"
+    best.write_text("a copy")
+    callback = Checkpoints(tmp_path, SimpleNamespace(write=lambda trainer: None), every_n_steps=100, keep=1)  # type: ignore[arg-type]
+    trainer: Any = StepsOnly(200)
+    callback.on_train_batch_end(trainer, trainer, None, None, 0)
+    assert sorted(path.name for path in best.parent.iterdir()) == ["last.ckpt", "step_000200.ckpt", best.name]
 
 
 def test_a_finished_run_is_not_overwritten(
