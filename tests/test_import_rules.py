@@ -20,6 +20,7 @@ ONLINE = {
     "epoch_shuffle",
     "loader_state",
     "parallel_ranks",
+    "part_layouts",
     "safe_decoder",
     "shard_reader",
     "skip_counts",
