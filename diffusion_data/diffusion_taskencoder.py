@@ -40,6 +40,7 @@ from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample, all_finite, largest_magnitude
 from diffusion_data.patchify import is_divisible, patchify_into, sequence_length
 from diffusion_data.safe_decoder import BadPart, SafeDecoder
+from diffusion_data.sample_reader import read_plainly
 from diffusion_data.skip_counts import SkipCounts, SkipReason, StopWhenAllSkipped
 
 MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
@@ -205,6 +206,14 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Only what was asked for: energon adds a restore key that a training step has no use for."""
         return {name: value for name, value in batch.items() if name != "__restore_key__"}
+
+    def _load_dataset(
+        self, dataset: LoadedDataset, worker_rotation_offset: int, worker_config: WorkerConfig
+    ) -> SavableDataset[Any]:
+        loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        if type(self.decoder) is SafeDecoder:  # another may want bytes
+            read_plainly(loaded)
+        return loaded
 
     def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
         guarded = StopWhenAllSkipped(dataset, self.skips, worker_config=worker_config)

@@ -22,6 +22,7 @@ ONLINE = {
     "parallel_ranks",
     "part_layouts",
     "safe_decoder",
+    "sample_reader",
     "shard_reader",
     "skip_counts",
 }
