@@ -5,17 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.errors import UserError
 from diffusion_data.media import MediaConfig
 from diffusion_data.sources import SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """name: a bundled tokenizer (tiny-cosmos), a name on the Hugging Face hub, or a folder."""
+    """name: a bundled tokenizer (tiny-cosmos), a name on the Hugging Face hub, or a folder.
+
+    dtype: of the computation: float32, bfloat16, or auto, which is bfloat16 on CUDA and float32 on a CPU
+    """
 
     name: str
     cache_dir: str | None = None
+    dtype: str = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None leaves it to the encoder."""
+        return _torch_dtype(self.dtype, "tokenizer.dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +35,18 @@ class TextEncoderConfig:
     """name: a bundled encoder (tiny-t5), a name on the Hugging Face hub, or a folder.
 
     max_length: tokens; what a caption has beyond is cut, and counted.
+    dtype: as the tokenizer's
     """
 
     name: str
     cache_dir: str | None = None
     max_length: int = 512
+    dtype: str = "auto"
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None leaves it to the encoder."""
+        return _torch_dtype(self.dtype, "text_encoder.dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +76,10 @@ class PrepareConfig:
     text_encoder: TextEncoderConfig
     batching: BatchingConfig
     device: str
+
+
+def _torch_dtype(name: str, option: str) -> torch.dtype | None:
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise UserError(f"{option}: expected {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]

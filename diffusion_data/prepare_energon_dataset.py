@@ -62,10 +62,14 @@ def prepare(config: PrepareConfig) -> Totals | None:
     _set_up_torch(device)
     source = _open_source(config, ranks)
     tokenizer = CosmosTokenizer.from_pretrained(
-        config.tokenizer.name, config.tokenizer.cache_dir, device, decoder=False
+        config.tokenizer.name, config.tokenizer.cache_dir, device, config.tokenizer.torch_dtype, decoder=False
     )
     text_encoder = T5TextEncoder.from_pretrained(
-        config.text_encoder.name, config.text_encoder.cache_dir, config.text_encoder.max_length, device
+        config.text_encoder.name,
+        config.text_encoder.cache_dir,
+        config.text_encoder.max_length,
+        device,
+        config.text_encoder.torch_dtype,
     )
     shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
     output_dir = Path(config.output_dir)
