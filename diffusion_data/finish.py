@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,9 @@ class Totals:
     captions_cut: int
     shards: int
     num_bytes: int
+    batches_halved: int
     stage_seconds: dict[str, float]
+    stage_cpu_seconds: dict[str, float]
     splits: dict[str, int]
 
 
@@ -68,9 +70,6 @@ def finish_dataset(
         file.write(pickle.dumps(empty_caption, protocol=5))
     splits = _write_metadata(output_dir, files, split_ratio, seed)
     counts = {entry.file: entry.written for entry in entries}
-    stage_seconds: Counter[str] = Counter()
-    for entry in entries:
-        stage_seconds.update(entry.stage_seconds)
     totals = Totals(
         rows=shards[-1].stop,
         written=sum(entry.written for entry in entries),
@@ -78,7 +77,9 @@ def finish_dataset(
         captions_cut=sum(entry.captions_cut for entry in entries),
         shards=len(files),
         num_bytes=sum(entry.num_bytes for entry in entries),
-        stage_seconds={stage: round(seconds, 3) for stage, seconds in stage_seconds.items()},
+        batches_halved=sum(len(entry.batches_halved) for entry in entries),
+        stage_seconds=_summed(entry.stage_seconds for entry in entries),
+        stage_cpu_seconds=_summed(entry.stage_cpu_seconds for entry in entries),
         splits={name: sum(counts[file] for file in names) for name, names in splits.items()},
     )
     stats = DatasetStats.sum_of(entry.stats for entry in entries)
@@ -117,6 +118,13 @@ def _all_entries(ledger: Ledger, shards: Sequence[Shard]) -> list[LedgerEntry]:
             "run the same command again to finish them"
         )
     return [entry for entry in entries if entry is not None]
+
+
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for seconds in parts:
+        total.update(seconds)
+    return {stage: round(seconds, 3) for stage, seconds in total.items()}
 
 
 def _write_metadata(

@@ -58,6 +58,7 @@ class PrepareConfig:
     samples_per_shard: rows of a shard; None chooses by the number of rows
     split_ratio: weights of train, val, test; by shard
     num_workers: decode processes a rank; None shares the node's processors out, 0 decodes in line
+    encode_threads: batches encoded at a time on a CPU; None as num_workers
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
     """
@@ -69,6 +70,7 @@ class PrepareConfig:
     samples_per_shard: int | None
     split_ratio: tuple[float, ...]
     num_workers: int | None
+    encode_threads: int | None
     seed: int
     max_reject_rate: float
     media: MediaConfig

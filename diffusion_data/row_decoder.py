@@ -38,6 +38,7 @@ class DecodedRow:
     caption: str
     metadata: dict[str, Any]
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class RejectedRow:
     message: str
     metadata: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,7 +83,7 @@ class RowDecoder:
     size_multiple: int
 
     def __call__(self, row: Row) -> DecodedRow | RejectedRow:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         metadata: dict[str, Any] = {}
         try:
             metadata = {column: _json_value(row.values.get(column), column) for column in self.metadata_columns}
@@ -95,6 +97,7 @@ class RowDecoder:
                 message=rejected.message,
                 metadata=metadata,
                 seconds=time.perf_counter() - started,
+                cpu_seconds=time.thread_time() - cpu_started,
             )
         return DecodedRow(
             row=row.index,
@@ -107,6 +110,7 @@ class RowDecoder:
             caption=sample.caption,
             metadata=metadata | _checked_metadata(sample.metadata),
             seconds=time.perf_counter() - started,
+            cpu_seconds=time.thread_time() - cpu_started,
         )
 
     def _process(self, row: Row) -> tuple[MediaSample, Any]:
