@@ -2,7 +2,8 @@
 
 The network is diffusers' AutoencoderKLCosmos. Its weights come from a bundled name, a local folder or the hub, in
 the hub's layout (encoder.jit, decoder.jit) or in diffusers' (config.json, *.safetensors, maybe under vae/).
-Causal in time: T = 1 + k * temporal_compression frames give t = 1 + k latent frames; a picture is T = 1.
+Causal in time: T = 1 + k * temporal_compression frames give t = 1 + k latent frames; a picture is T = 1, and has
+an encoder of its own that computes the same in 2D.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from diffusion_data.cosmos_checkpoint import decoder_config, encoder_config, state_dict_for_diffusers
+from diffusion_data.cosmos_picture_encoder import PictureEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.hub_files import WantedFiles, model_folder
 from diffusion_data.torchscript_weights import read_torchscript_weights
@@ -57,11 +60,12 @@ class CosmosTokenizer:
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        if self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16):
-            raise UserError(f"the Cosmos tokenizer can't compute in {self.dtype} on a CPU: leave the dtype out")
+        if self.device.type == "cpu" and self.dtype == torch.float16:
+            raise UserError("the Cosmos tokenizer can't compute in float16 on a CPU: use float32 or bfloat16")
         # not network.to: diffusers' own warns about float32 modules even where there are none
-        self.network = torch.nn.Module.to(network, self.device, self.dtype)
-        self.network.eval().requires_grad_(False)
+        network = torch.nn.Module.to(network, self.device).eval().requires_grad_(False)
+        self.picture_encoder = PictureEncoder(network).to(self.dtype)  # from the weights before they are rounded
+        self.network = torch.nn.Module.to(network, self.dtype)
         self.name = name
         self.weight_files = weight_files
         """What the latents depend on: the same list with and without the decoder."""
@@ -81,7 +85,8 @@ class CosmosTokenizer:
         """Load by bundled name, folder, or hub name (older names too).
 
         cache_dir: where the hub's files are kept, instead of huggingface_hub's default.
-        dtype: of the computation; bfloat16 on CUDA and float32 on the CPU unless given.
+        dtype: of the computation; bfloat16 on CUDA and float32 on the CPU unless given. Only CPUs with instructions
+            for bfloat16 (avx512_bf16, amx_bf16) are quicker with it, others several times slower.
         decoder: False saves reading decoder.jit where nothing will be decoded.
         """
         name, folder = _find(name_or_path, cache_dir, decoder)
@@ -112,7 +117,10 @@ class CosmosTokenizer:
         """frames uint8 (B, T, H, W, 3) on any device -> latents bfloat16 (B, 16, t, h, w) on this device."""
         self._check_frames(frames)
         pixels = scale_pixels(frames.to(self.device, non_blocking=True), self.dtype)
-        return self.network.encode(pixels).latent_dist.mode().to(torch.bfloat16)
+        if frames.shape[1] == 1:
+            return self.picture_encoder(pixels[:, :, 0])[:, :, None].to(torch.bfloat16)
+        with _PoolsInFloat32() if self.device.type == "cpu" else contextlib.nullcontext():
+            return self.network.encode(pixels).latent_dist.mode().to(torch.bfloat16)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -135,6 +143,17 @@ class CosmosTokenizer:
             raise ValueError(
                 f"expected height and width to be multiples of {self.spatial_compression}, got {height}x{width}"
             )
+
+
+class _PoolsInFloat32(TorchFunctionMode):
+    """avg_pool3d is the one operation of the network that torch lacks in bfloat16 on a CPU."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nn.functional.avg_pool3d:
+            return function(args[0].float(), *args[1:], **kwargs or {}).to(args[0].dtype)
+        return function(*args, **kwargs or {})
 
 
 def scale_pixels(frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.energon import Sample, edataclass
 
+from diffusion_data.patchify import patchify, position_ids_3d
+
 
 @edataclass
 class CookedSample(Sample):
@@ -20,29 +22,49 @@ class CookedSample(Sample):
 
 @edataclass
 class DiffusionSample(Sample):
-    """A sample in patches. S patches of dimension D = patch_spatial**2 * patch_temporal * C; L text tokens."""
+    """A sample that was checked and cut; `batch` patches, converts and pads it in one go.
 
-    #: bfloat16 (S, D), patch order '(T H W) (ph pw pt C)'.
-    video: torch.Tensor
-    #: bfloat16 (L, E): real tokens only, at most text_embedding_padding_size.
-    t5_text_embeddings: torch.Tensor
-    #: int64 (S, 3): (t, h, w) of each patch. Shared between samples of one shape: don't write to it.
-    pos_ids: torch.Tensor
-    #: (C, T, H, W) of the latent that was patched, after max_frames cut it.
-    latent_shape: tuple[int, int, int, int]
+    S patches of dimension D = patch_spatial**2 * patch_temporal * C; L text tokens.
+    """
+
+    #: bfloat16 (C, T, H, W), as stored.
+    latent: torch.Tensor
+    #: float16 (L, E) as stored: real tokens only, at most text_embedding_padding_size.
+    text_embedding: torch.Tensor
+    #: (patch_spatial, patch_temporal)
+    patch_sizes: tuple[int, int]
     #: (height, width) in pixels of the encoded frames.
     image_size: tuple[float, float]
     #: Frames per second of the encoded frames; 30 for a picture.
     fps: float
     #: Pixel frames that the latent stands for; 1 for a picture.
     num_frames: int
+    #: S, the patches of the latent.
+    seq_len_q: int
 
     @property
-    def seq_len_q(self) -> int:
-        """S, the patches of the latent."""
-        return len(self.video)
+    def video(self) -> torch.Tensor:
+        """bfloat16 (S, D), patch order '(T H W) (ph pw pt C)'. Made anew each time."""
+        return patchify(self.latent, *self.patch_sizes)
+
+    @property
+    def pos_ids(self) -> torch.Tensor:
+        """int64 (S, 3): (t, h, w) of each patch. Shared between samples of one shape: don't write to it."""
+        patch_spatial, patch_temporal = self.patch_sizes
+        _, frames, height, width = self.latent.shape
+        return position_ids_3d(frames // patch_temporal, height // patch_spatial, width // patch_spatial)
+
+    @property
+    def t5_text_embeddings(self) -> torch.Tensor:
+        """bfloat16 (L, E). Made anew each time."""
+        return self.text_embedding.to(torch.bfloat16)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, T, H, W) of the latent that is patched, after max_frames cut it."""
+        return tuple(self.latent.shape)
 
     @property
     def seq_len_kv(self) -> int:
         """L, the real tokens of the text."""
-        return len(self.t5_text_embeddings)
+        return len(self.text_embedding)

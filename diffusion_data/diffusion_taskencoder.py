@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.energon import (
@@ -37,13 +37,15 @@ from megatron.energon.wrappers import EpochizeDataset, RepeatDataset
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
 from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
-from diffusion_data.latent_sample import LatentSample, all_finite
-from diffusion_data.patchify import is_divisible, patchify, position_ids_3d, sequence_length
+from diffusion_data.latent_sample import LatentSample, all_finite, largest_magnitude
+from diffusion_data.patchify import is_divisible, patchify_into, sequence_length
 from diffusion_data.safe_decoder import BadPart, SafeDecoder
+from diffusion_data.sample_reader import read_plainly
 from diffusion_data.skip_counts import SkipCounts, SkipReason, StopWhenAllSkipped
 
 MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
 PICTURE_FPS = 30.0  # a picture has no frame rate; models were trained with this number in its place
+_ROWS_AT_A_TIME = 128  # of a text: what lies between float16 and bfloat16 stays in the cache
 _ASSUMED_TEMPORAL_COMPRESSION = 8  # only for videos whose json doesn't say how many frames they had
 
 
@@ -107,20 +109,17 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
         stored = self._read(sample)
         latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
         text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
-        self._check(stored, latent, text)
-        channels, frames, height, width = latent.shape
+        length = self._checked_length(stored, latent, text)
         metadata = stored.metadata
         encoded = DiffusionSample.derive_from(
             sample,
-            video=patchify(latent, self.patch_spatial, self.patch_temporal),
-            t5_text_embeddings=text.to(torch.bfloat16),
-            pos_ids=position_ids_3d(
-                frames // self.patch_temporal, height // self.patch_spatial, width // self.patch_spatial
-            ),
-            latent_shape=(channels, frames, height, width),
+            latent=latent,
+            text_embedding=text,
+            patch_sizes=(self.patch_spatial, self.patch_temporal),
             image_size=(float(metadata["height"]), float(metadata["width"])),
             fps=float(metadata.get("framerate") or PICTURE_FPS),
-            num_frames=_pixel_frames(metadata, frames, stored.latent.shape[1]),
+            num_frames=_pixel_frames(metadata, latent.shape[1], stored.latent.shape[1]),
+            seq_len_q=length,
         )
         self.skips.used += 1
         return encoded
@@ -144,8 +143,8 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             raise self.skips.skip(sample.__key__, SkipReason.unreadable, str(error)) from error
         return stored
 
-    def _check(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> None:
-        """Skip what can't be trained on."""
+    def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> int:
+        """Patches of the latent; skips what can't be trained on."""
         key, shape = stored.key, tuple(latent.shape)
         score = stored.metadata.get("aesthetic_score")
         if score is not None and float(score) < self.aesthetic_score:
@@ -158,36 +157,42 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             raise self.skips.skip(key, SkipReason.too_long, f"{length} patches, seq_length={self.seq_length}")
         if len(text) == 0:
             raise self.skips.skip(key, SkipReason.no_text, "its text embedding has no tokens")
-        # One pass: NaN and infinity spoil the largest magnitude.
-        largest = latent.abs().max().item()
+        largest = largest_magnitude(latent)
         if not math.isfinite(largest) or not all_finite(text):
             raise self.skips.skip(key, SkipReason.not_finite, "the latent or the text holds NaN or infinity")
         if largest > MAX_MAGNITUDE:
             raise self.skips.skip(key, SkipReason.too_large_values, f"the latent reaches {largest:g}")
+        return length
 
     @stateless
     def batch(self, samples: Sequence[DiffusionSample]) -> dict[str, Any]:
-        size = len(samples)
+        size, width = len(samples), _require_one_width(samples)
         length = self.seq_length or max(sample.seq_len_q for sample in samples)
-        _require_one_width(samples)
+        text_length = self.text_embedding_padding_size
+        bf16 = torch.bfloat16
+        # Every position is written once: the sample's own, then the padding.
         batch: dict[str, Any] = {
-            "video": torch.zeros(size, length, samples[0].video.shape[1], dtype=torch.bfloat16),
-            "t5_text_embeddings": torch.zeros(
-                size,
-                self.text_embedding_padding_size,
-                samples[0].t5_text_embeddings.shape[1],
-                dtype=torch.bfloat16,
-            ),
-            "t5_text_mask": torch.zeros(size, self.text_embedding_padding_size, dtype=torch.bfloat16),
-            "loss_mask": torch.zeros(size, length, dtype=torch.bfloat16),
-            "pos_ids": torch.zeros(size, length, 3, dtype=torch.int64),
+            "video": torch.empty(size, length, width.video, dtype=bf16),
+            "t5_text_embeddings": torch.empty(size, text_length, width.text, dtype=bf16),
+            "t5_text_mask": torch.empty(size, text_length, dtype=bf16),
+            "loss_mask": torch.empty(size, length, dtype=bf16),
+            "pos_ids": torch.empty(size, length, 3, dtype=torch.int64),
         }
         for row, sample in enumerate(samples):
-            batch["video"][row, : sample.seq_len_q] = sample.video
-            batch["loss_mask"][row, : sample.seq_len_q] = 1
-            batch["pos_ids"][row, : sample.seq_len_q] = sample.pos_ids
-            batch["t5_text_embeddings"][row, : sample.seq_len_kv] = sample.t5_text_embeddings
-            batch["t5_text_mask"][row, : sample.seq_len_kv] = 1
+            patches, tokens = sample.seq_len_q, sample.seq_len_kv
+            patchify_into(batch["video"][row, :patches], sample.latent, *sample.patch_sizes)
+            _convert(batch["t5_text_embeddings"][row, :tokens], sample.text_embedding)
+            batch["pos_ids"][row, :patches] = sample.pos_ids
+            for mask, real in (("loss_mask", patches), ("t5_text_mask", tokens)):
+                batch[mask][row, :real] = 1
+            for name, real in (
+                ("video", patches),
+                ("loss_mask", patches),
+                ("pos_ids", patches),
+                ("t5_text_embeddings", tokens),
+                ("t5_text_mask", tokens),
+            ):
+                batch[name][row, real:] = 0
         batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.bfloat16)
         batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.bfloat16)
         batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.bfloat16)
@@ -201,6 +206,14 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Only what was asked for: energon adds a restore key that a training step has no use for."""
         return {name: value for name, value in batch.items() if name != "__restore_key__"}
+
+    def _load_dataset(
+        self, dataset: LoadedDataset, worker_rotation_offset: int, worker_config: WorkerConfig
+    ) -> SavableDataset[Any]:
+        loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
+        if type(self.decoder) is SafeDecoder:  # another may want bytes
+            read_plainly(loaded)
+        return loaded
 
     def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
         guarded = StopWhenAllSkipped(dataset, self.skips, worker_config=worker_config)
@@ -243,14 +256,35 @@ def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) 
     return 1 + round(compression * (frames - 1))
 
 
-def _require_one_width(samples: Sequence[DiffusionSample]) -> None:
+class _Widths(NamedTuple):
+    video: int
+    text: int
+
+
+def _require_one_width(samples: Sequence[DiffusionSample]) -> _Widths:
     """One dataset is made with one tokenizer and one text encoder; a mixture can't be batched."""
-    first = samples[0]
-    for sample in samples:
-        for name in ("video", "t5_text_embeddings"):
-            width, expected = getattr(sample, name).shape[1], getattr(first, name).shape[1]
+    first = _widths(samples[0])
+    for sample in samples[1:]:
+        widths = _widths(sample)
+        for name, width, expected in zip(("video", "t5_text_embeddings"), widths, first, strict=True):
             if width != expected:
                 raise UserError(
-                    f"{name} of {sample.__key__} is {width} wide, that of {first.__key__} {expected}: the "
+                    f"{name} of {sample.__key__} is {width} wide, that of {samples[0].__key__} {expected}: the "
                     "dataset mixes the output of different models"
                 )
+    return first
+
+
+def _widths(sample: DiffusionSample) -> _Widths:
+    patch_spatial, patch_temporal = sample.patch_sizes
+    return _Widths(patch_spatial**2 * patch_temporal * sample.latent.shape[0], sample.text_embedding.shape[1])
+
+
+def _convert(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target = source, for float16 to bfloat16, which torch does one by one: both ways over float32 are vectors."""
+    if len(source) == 0:
+        return
+    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), *source.shape[1:])
+    for start in range(0, len(source), _ROWS_AT_A_TIME):
+        rows = source[start : start + _ROWS_AT_A_TIME]
+        target[start : start + len(rows)] = between[: len(rows)].copy_(rows)

@@ -4,20 +4,23 @@ Pictures and clips of equal shape are encoded together, up to a budget of pixels
 deduplicated, sorted by length and encoded up to a budget of tokens. Batches are formed within a shard and
 in row order, so they follow from the rows and the config alone.
 
-Nothing here waits for the device: results are copied to the host while the next batch runs, and whoever
-asks an EncodedShard for its samples (the writer's thread) waits for them.
+Results come while the next batches run; whoever asks an EncodedShard for its samples (the writer's thread) waits
+for them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.errors import Reason, UserError
 from diffusion_data.latent_sample import LatentSample, all_finite, build_metadata, sample_key
@@ -27,6 +30,7 @@ from diffusion_data.stage_times import StageTimes
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _NO_PIXELS = np.empty((0, 0, 0, 3), np.uint8)
+_SHARDS_AHEAD = 2  # of the device; bounds memory
 _WAITING_BATCHES = 8  # batches' worth of pixels of all shapes that may wait to be filled up
 
 
@@ -47,71 +51,73 @@ class BatchingConfig:
 
 
 class EncodePipeline:
-    """Both encoders on one device."""
+    """Both encoders on one device.
 
-    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, batching: BatchingConfig) -> None:
-        self.tokenizer = tokenizer
+    num_threads: batches that a CPU encodes at a time, each in one thread; it changes no bit
+    """
+
+    def __init__(
+        self,
+        tokenizer: CosmosTokenizer,
+        text_encoder: T5TextEncoder,
+        batching: BatchingConfig,
+        num_threads: int = 0,
+    ) -> None:
         self.text_encoder = text_encoder
         self.batching = batching
-        self.device = tokenizer.device
+        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads)
 
     def run(self, results: Iterable[tuple[Shard, DecodedRow | RejectedRow]]) -> Iterator[EncodedShard]:
         """Encode one shard's rows after the other's; yields a shard once its last row was taken."""
+        waited = StageTimes()  # since the last shard was begun
         encoding: _ShardEncoding | None = None
-        waited = 0.0
+        unfinished: deque[EncodedShard] = deque()
         incoming = iter(results)
-        while True:
-            started = time.perf_counter()
-            entry = next(incoming, None)
-            waited += time.perf_counter() - started
-            if encoding is not None and (entry is None or entry[0] != encoding.shard):
-                yield encoding.finish()
-                encoding = None
-            if entry is None:
-                return
-            shard, result = entry
-            if encoding is None:
-                encoding = _ShardEncoding(self, shard)
-            encoding.times.add("wait_for_rows", waited)
-            waited = 0.0
-            encoding.add(result)
+        with self.encoder:
+            while True:
+                with waited.busy("wait_for_rows"):
+                    entry = next(incoming, None)
+                if encoding is not None and (entry is None or entry[0] != encoding.shard):
+                    encoding.record.times.merge(waited)
+                    unfinished.append(encoding.finish())
+                    encoding, waited = None, StageTimes()
+                    if len(unfinished) > _SHARDS_AHEAD:
+                        with waited.busy("wait_for_encoders"):
+                            unfinished.popleft().wait()
+                    started = time.perf_counter()
+                    yield unfinished[-1]
+                    waited.add("wait_for_writer", time.perf_counter() - started)
+                if entry is None:
+                    return
+                shard, result = entry
+                if encoding is None:
+                    encoding = _ShardEncoding(self, shard)
+                encoding.add(result)
 
-    def encode_frames(self, batch: list[np.ndarray], times: StageTimes) -> torch.Tensor:
-        """uint8 (T, H, W, 3) each, all alike -> bfloat16 (B, C, t, h, w) on the host, perhaps not yet there."""
-        frames = torch.from_numpy(np.stack(batch))
-        with times.busy("tokenizer", self.device):
-            return self._to_host(self.tokenizer.encode(self._to_device(frames)))
-
-    def encode_captions(self, captions: list[str], times: StageTimes) -> tuple[dict[str, torch.Tensor], int]:
+    def encode_captions(self, captions: list[str], record: BatchRecord) -> tuple[dict[str, _Pending], int]:
         """Each caption's float16 (S, D) on the host, perhaps not yet there; and how many were cut."""
         if not captions:
             return {}, 0
-        with times.busy("text_tokens"):
+        with record.times.busy("text_tokens"):
             uncut = self.text_encoder.tokenize_uncut(captions)
             tokens = [self.text_encoder.cut(each) for each in uncut]
             num_cut = sum(len(each) > self.text_encoder.max_length for each in uncut)
-        embeddings: dict[str, torch.Tensor] = {}
+        embeddings: dict[str, _Pending] = {}
         for batch in batches_by_length([len(each) for each in tokens], self.batching.tokens_per_batch):
-            with times.busy("text_encoder", self.device):
-                encoded = self.text_encoder.encode_tokens([tokens[index] for index in batch])
-                # One copy for the whole batch; the captions' own rows are cut from it on the host.
-                flat = self._to_host(torch.cat(encoded))
-            lengths = [len(tokens[index]) for index in batch]
-            embeddings.update(zip((captions[index] for index in batch), flat.split(lengths), strict=True))
+            encoded = self.encoder.encode_tokens([tokens[index] for index in batch], record)
+            embeddings.update((captions[index], _Pending(encoded, place)) for place, index in enumerate(batch))
         return embeddings, num_cut
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self._cuda else tensor
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._cuda:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+@dataclass(frozen=True)
+class _Pending:
+    """One result of a batch that may still be running."""
 
-    @property
-    def _cuda(self) -> bool:
-        return self.device.type == "cuda"
+    batch: Future[Sequence[torch.Tensor]]
+    place: int
+
+    def result(self) -> torch.Tensor:
+        return self.batch.result()[self.place]
 
 
 def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
@@ -137,7 +143,7 @@ class _Entry:
     num_frames: int
     height: int
     width: int
-    latent: torch.Tensor | None = None
+    latent: _Pending | None = None
 
 
 class _ShardEncoding:
@@ -145,14 +151,14 @@ class _ShardEncoding:
 
     def __init__(self, pipeline: EncodePipeline, shard: Shard) -> None:
         self.shard = shard
-        self.times = StageTimes()
+        self.record = BatchRecord()
         self._pipeline = pipeline
         self._results: list[_Entry | RejectedRow] = []
         self._waiting: dict[tuple[int, ...], list[_Entry]] = {}  # by shape, until there is a batch of it
         self._waiting_pixels = 0
 
     def add(self, result: DecodedRow | RejectedRow) -> None:
-        self.times.add("decode", result.seconds)
+        self.record.times.add("decode", result.seconds, result.cpu_seconds)
         if isinstance(result, RejectedRow):
             self._results.append(result)
             return
@@ -171,9 +177,9 @@ class _ShardEncoding:
 
     def _encode(self, shape: tuple[int, ...]) -> None:
         batch = self._waiting.pop(shape)
-        latents = self._pipeline.encode_frames([entry.row.pixels for entry in batch], self.times)
-        for entry, latent in zip(batch, latents, strict=True):
-            entry.latent = latent
+        latents = self._pipeline.encoder.encode_frames([entry.row.pixels for entry in batch], self.record)
+        for place, entry in enumerate(batch):
+            entry.latent = _Pending(latents, place)
             entry.row = replace(entry.row, pixels=_NO_PIXELS)
         self._waiting_pixels -= len(batch) * math.prod(shape[:3])
 
@@ -183,44 +189,51 @@ class _ShardEncoding:
             self._encode(shape)
         entries = [each for each in self._results if isinstance(each, _Entry)]
         captions = list(dict.fromkeys(entry.row.caption for entry in entries))
-        embeddings, captions_cut = self._pipeline.encode_captions(captions, self.times)
-        finished = None
-        if self._pipeline.device.type == "cuda":
-            finished = torch.cuda.Event()
-            finished.record()
-        return EncodedShard(self.shard, self._results, embeddings, captions_cut, self.times, finished)
+        embeddings, captions_cut = self._pipeline.encode_captions(captions, self.record)
+        finished = self._pipeline.encoder.finished()
+        return EncodedShard(self.shard, self._results, embeddings, captions_cut, self.record, finished)
 
 
 class EncodedShard:
-    """A shard that the device is encoding, or has. `samples` waits for it."""
+    """A shard that is being encoded, or has been. `samples` waits for it."""
 
     def __init__(
         self,
         shard: Shard,
         results: list[_Entry | RejectedRow],
-        embeddings: dict[str, torch.Tensor],
+        embeddings: dict[str, _Pending],
         captions_cut: int,
-        times: StageTimes,
+        record: BatchRecord,
         finished: torch.cuda.Event | None,
     ) -> None:
         self.shard = shard
         self.captions_cut = captions_cut
-        self.times = times
+        self.record = record
         self._results = results
         self._embeddings = embeddings
         self._finished = finished
 
-    def samples(self) -> Iterator[LatentSample | RejectedRow]:
-        """Every row of the shard once, in row order: encoded, or rejected with its reason."""
+    def wait(self) -> None:
+        """Return when everything is on the host."""
+        for result in self._results:
+            if isinstance(result, _Entry) and result.latent is not None:
+                result.latent.result()
+        for embedding in self._embeddings.values():
+            embedding.result()
         if self._finished is not None:
             self._finished.synchronize()
+
+    def samples(self) -> Iterator[LatentSample | RejectedRow]:
+        """Every row of the shard once, in row order: encoded, or rejected with its reason."""
+        self.wait()
         for result in self._results:
             yield result if isinstance(result, RejectedRow) else self._sample(result)
 
     def _sample(self, entry: _Entry) -> LatentSample | RejectedRow:
-        row, latent = entry.row, entry.latent
-        assert latent is not None, "every waiting row was encoded when the shard was finished"
-        embedding = self._embeddings[row.caption].numpy()
+        row = entry.row
+        assert entry.latent is not None, "every waiting row was encoded when the shard was finished"
+        latent = entry.latent.result()
+        embedding = self._embeddings[row.caption].result().numpy()
         if not (all_finite(latent) and all_finite(embedding)):
             return RejectedRow(
                 row=row.row,

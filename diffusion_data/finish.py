@@ -38,7 +38,9 @@ class Totals:
     captions_cut: int
     shards: int
     num_bytes: int
+    batches_halved: int
     stage_seconds: dict[str, float]
+    stage_cpu_seconds: dict[str, float]
     splits: dict[str, int]
 
 
@@ -76,7 +78,9 @@ def finish_dataset(
         captions_cut=sums.captions_cut,
         shards=len(sums.counts),
         num_bytes=sums.num_bytes,
-        stage_seconds={stage: round(seconds, 3) for stage, seconds in sums.stage_seconds.items()},
+        batches_halved=sums.batches_halved,
+        stage_seconds=_rounded(sums.stage_seconds),
+        stage_cpu_seconds=_rounded(sums.stage_cpu_seconds),
         splits={name: sum(sums.counts[file] for file in files) for name, files in splits.items()},
     )
     write_json(run / "stats.json", {**vars(totals), **sums.stats.report()})
@@ -90,7 +94,9 @@ class _LedgerSums:
     counts: dict[str, int] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
+    stage_cpu_seconds: Counter[str] = field(default_factory=Counter)
     captions_cut: int = 0
+    batches_halved: int = 0
     num_bytes: int = 0
     stats: DatasetStats = field(default_factory=DatasetStats)
 
@@ -99,6 +105,8 @@ class _LedgerSums:
             self.counts[entry.file] = entry.written
         self.reasons.update(row["reason"] for row in entry.rejected)
         self.stage_seconds.update(entry.stage_seconds)
+        self.stage_cpu_seconds.update(entry.stage_cpu_seconds)
+        self.batches_halved += len(entry.batches_halved)
         self.captions_cut += entry.captions_cut
         self.num_bytes += entry.num_bytes
         self.stats.add_json(entry.stats)
@@ -144,6 +152,10 @@ def _all_entries(ledger: Ledger, shards: Sequence[Shard]) -> Iterator[LedgerEntr
             time.sleep(0.5)
             ledger.refresh()
         yield entry
+
+
+def _rounded(seconds: Counter[str]) -> dict[str, float]:
+    return {stage: round(total, 3) for stage, total in seconds.items()}
 
 
 def _write_metadata(

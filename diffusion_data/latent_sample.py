@@ -16,6 +16,7 @@ import io
 import json
 import math
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -207,7 +208,29 @@ def _real_tokens(embedding: Any, key: str) -> np.ndarray:
 
 
 def all_finite(values: torch.Tensor | np.ndarray) -> bool:
-    """True if nothing is NaN or infinite: one pass, since either spoils the maximum of the magnitudes."""
-    if isinstance(values, torch.Tensor):
-        return math.isfinite(values.abs().max().item()) if values.numel() else True
-    return math.isfinite(float(np.abs(values).max())) if values.size else True
+    """True if nothing is NaN or infinite: either spoils the largest magnitude."""
+    return math.isfinite(largest_magnitude(values))
+
+
+def largest_magnitude(values: torch.Tensor | np.ndarray) -> float:
+    """The largest absolute value; infinite or NaN if any value is; 0 where there are none.
+
+    The bits of floats are ordered as their magnitudes are, and comparing whole numbers of 16 bits is several times
+    faster than anything that computes with halves.
+    """
+    if values.dtype not in _HALVES or (isinstance(values, torch.Tensor) and values.device.type != "cpu"):
+        tensor = torch.as_tensor(values)
+        return tensor.abs().max().item() if tensor.numel() else 0.0
+    bits = values.detach().view(torch.int16).numpy() if isinstance(values, torch.Tensor) else values.view(np.int16)
+    if bits.size == 0:
+        return 0.0
+    # With a sign bit that counts, the largest number is the largest positive value; with one that is the
+    # highest bit, it is the negative value that is farthest from 0.
+    positive, negative = int(bits.max()), int(bits.view(np.uint16).max()) & 0x7FFF
+    largest = max(positive, negative)
+    if values.dtype == torch.bfloat16:
+        return struct.unpack("<f", struct.pack("<I", largest << 16))[0]
+    return struct.unpack("<e", struct.pack("<H", largest))[0]
+
+
+_HALVES = (torch.bfloat16, torch.float16, np.dtype(np.float16))

@@ -22,7 +22,9 @@ class LedgerEntry:
     fingerprint: digest of the run that wrote it
     rejected: RejectedRow.to_json() of each
     stats: DatasetStats.to_json()
-    stage_seconds: how long each stage was busy with it; the only thing that differs between two runs
+    batches_halved: BatchRecord.halved
+    stage_seconds, stage_cpu_seconds: how long each stage was busy with it, wall and CPU time; they and nothing else
+        differ between two runs
     """
 
     shard: int
@@ -36,7 +38,9 @@ class LedgerEntry:
     fingerprint: str
     rejected: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+    batches_halved: list[str] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def retryable(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from einops import rearrange
 
@@ -19,6 +20,21 @@ _LATENT_ORDER = "(T H W) (ph pw pt C) -> C (T pt) (H ph) (W pw)"
 def patchify(latent: torch.Tensor, patch_spatial: int, patch_temporal: int) -> torch.Tensor:
     """(C, T, H, W) -> (S, patch_spatial**2 * patch_temporal * C)."""
     return rearrange(latent, _PATCH_ORDER, ph=patch_spatial, pw=patch_spatial, pt=patch_temporal)
+
+
+def patchify_into(patches: torch.Tensor, latent: torch.Tensor, patch_spatial: int, patch_temporal: int) -> None:
+    """`patchify`, written to `patches`, in one pass over the values. For the CPU, where numpy is the faster copier."""
+    channels, frames, height, width = latent.shape
+    rows, columns = height // patch_spatial, width // patch_spatial
+    times = frames // patch_temporal
+    if latent.dtype != patches.dtype or latent.element_size() != 2 or not patches.is_contiguous():
+        patches.copy_(patchify(latent, patch_spatial, patch_temporal))
+        return
+    source = latent.view(torch.int16).numpy()  # numpy has no bfloat16, and a copy needs none
+    source = source.reshape(channels, times, patch_temporal, rows, patch_spatial, columns, patch_spatial)
+    target = patches.view(torch.int16).numpy()
+    target = target.reshape(times, rows, columns, patch_spatial, patch_spatial, patch_temporal, channels)
+    np.copyto(target, source.transpose(1, 3, 5, 4, 6, 2, 0))
 
 
 def unpatchify(

@@ -16,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from diffusion_data.run_folder import RunFolder
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
 from diffusion_data.sources import ParquetSource, SourceFile
+from diffusion_data.stage_times import StageTimes
+from diffusion_data.summary import summary
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
@@ -52,55 +54,72 @@ _SECONDS_BETWEEN_COUNTS = 0.5
 _WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
 
 
-def prepare(config: PrepareConfig) -> Totals | None:
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The two models, on this rank's device."""
+
+    tokenizer: CosmosTokenizer
+    text_encoder: T5TextEncoder
+
+
+def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: StageTimes | None = None) -> Totals | None:
     """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others.
+
+    encoders: ready ones instead of those that the config names
+    phases: gets the seconds of "start up", "encode" and "finish"
 
     Raises:
         UserError: whatever the user can mend; nothing that was finished is lost by it.
     """
     start_process_server()
     with Ranks.connect() as ranks:
-        return _prepare(config, ranks)
+        return _prepare(config, ranks, encoders, phases or StageTimes())
 
 
-def _prepare(config: PrepareConfig, ranks: Ranks) -> Totals | None:
-    started = time.monotonic()
-    device = ranks.device(config.device)
-    _set_up_torch(device)
-    source = _open_source(config, ranks)
-    tokenizer = CosmosTokenizer.from_pretrained(
-        config.tokenizer.name, config.tokenizer.cache_dir, device, decoder=False
-    )
-    text_encoder = T5TextEncoder.from_pretrained(
-        config.text_encoder.name, config.text_encoder.cache_dir, config.text_encoder.max_length, device
-    )
-    shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-    output_dir = Path(config.output_dir)
-    if ranks.rank == 0:
-        folder = RunFolder(output_dir)
-        ledger = folder.open(_fingerprint(config, source, shards, tokenizer, text_encoder), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
-        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
-    plan = ranks.receive("plan")
-    ledger = Ledger(output_dir, plan["fingerprint"])
-    todo_shards = [shards[number] for number in plan["todo"]]
-    num_todo = sum(shard.num_rows for shard in todo_shards)
-    with Progress(ranks, source.num_rows, source.num_rows - num_todo):
+def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, phases: StageTimes) -> Totals | None:
+    with phases.busy("start up"):
+        device = ranks.device(config.device)
+        _set_up_torch(device)
+        source = _open_source(config, ranks)
+        encoders = encoders or load_encoders(config, device)
+        shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+        output_dir = Path(config.output_dir)
+        if ranks.rank == 0:
+            folder = RunFolder(output_dir)
+            ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
+            todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
+            ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+        plan = ranks.receive("plan")
+        ledger = Ledger(output_dir, plan["fingerprint"])
+        todo_shards = [shards[number] for number in plan["todo"]]
+        num_todo = sum(shard.num_rows for shard in todo_shards)
+    with phases.busy("encode"), Progress(ranks, source.num_rows, source.num_rows - num_todo):
         if todo_shards:
-            decoder = _row_decoder(config, tokenizer)
-            writer = ShardWriter(output_dir, ledger)
-            pipeline = EncodePipeline(tokenizer, text_encoder, config.batching)
-            _encode_shards(config, ranks, source, todo_shards, decoder, pipeline, writer)
+            _encode_shards(config, ranks, source, todo_shards, encoders, ShardWriter(output_dir, ledger))
         ranks.publish(f"finished/{ranks.rank}", True)
         if ranks.rank != 0:
             return None
         for rank in range(ranks.world_size):
             ranks.receive(f"finished/{rank}", publisher=rank)
-    empty_caption = text_encoder.encode([""])[0]
-    totals = finish_dataset(output_dir, ledger, shards, config.split_ratio, config.seed, empty_caption)
-    read_one_batch(output_dir, config.split_ratio)
-    _print_summary(config, totals, num_todo, time.monotonic() - started)
+    with phases.busy("finish"):
+        empty_caption = encoders.text_encoder.encode([""])[0]
+        totals = finish_dataset(output_dir, ledger, shards, config.split_ratio, config.seed, empty_caption)
+        read_one_batch(output_dir, config.split_ratio)
+    print(summary(config, totals, num_todo, phases.seconds()))
     return totals
+
+
+def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
+    """The models that the config names, read from disk or fetched."""
+    tokenizer, text_encoder = config.tokenizer, config.text_encoder
+    return Encoders(
+        tokenizer=CosmosTokenizer.from_pretrained(
+            tokenizer.name, tokenizer.cache_dir, device, tokenizer.torch_dtype, decoder=False
+        ),
+        text_encoder=T5TextEncoder.from_pretrained(
+            text_encoder.name, text_encoder.cache_dir, text_encoder.max_length, device, text_encoder.torch_dtype
+        ),
+    )
 
 
 def _set_up_torch(device: torch.device) -> None:
@@ -176,13 +195,10 @@ def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecode
 
 
 def _fingerprint(
-    config: PrepareConfig,
-    source: ParquetSource,
-    shards: list[Shard],
-    tokenizer: CosmosTokenizer,
-    text_encoder: T5TextEncoder,
+    config: PrepareConfig, source: ParquetSource, shards: list[Shard], encoders: Encoders
 ) -> dict[str, Any]:
     """Everything that changes a shard's bytes. Not in it: ranks, workers, splits, where models are cached."""
+    tokenizer, text_encoder = encoders.tokenizer, encoders.text_encoder
     return {
         "format_version": FORMAT_VERSION,
         "source": [
@@ -220,14 +236,15 @@ def _encode_shards(
     ranks: Ranks,
     source: ParquetSource,
     todo: list[Shard],
-    decoder: RowDecoder,
-    pipeline: EncodePipeline,
+    encoders: Encoders,
     writer: ShardWriter,
 ) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = max(1, usable_cpus() // ranks.local_world_size)
+    processors = max(1, usable_cpus() // ranks.local_world_size)
+    num_workers = processors if config.num_workers is None else config.num_workers
+    encode_threads = processors if config.encode_threads is None else config.encode_threads
+    decoder = _row_decoder(config, encoders.tokenizer)
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, config.batching, encode_threads)
     rows = ((shard, row) for shard in _claimed(ranks, todo) for row in source.read_rows(shard.start, shard.stop))
     with (
         DecodeWorkers(decoder, num_workers) as workers,
@@ -291,28 +308,6 @@ def _count(ranks: Ranks, done: int, rejected: int, reasons: Counter[str], max_re
             f"(on this rank: {format_reasons(dict(reasons.most_common()))}); mend the source or the recipe, "
             "or raise max_reject_rate"
         )
-
-
-def _print_summary(config: PrepareConfig, totals: Totals, rows_now: int, seconds: float) -> None:
-    lines = [
-        f"{config.output_dir}: {totals.rows} rows = {totals.written} written "
-        f"+ {sum(totals.rejected.values())} rejected",
-        f"  {totals.shards} shards, {totals.num_bytes / 1e6:.1f} MB; "
-        + ", ".join(f"{name} {count}" for name, count in totals.splits.items() if count),
-    ]
-    if totals.rejected:
-        lines.append(f"  rejected: {format_reasons(totals.rejected)}; each in run/rejected.jsonl")
-    if totals.captions_cut:
-        lines.append(f"  {totals.captions_cut} captions cut to {config.text_encoder.max_length} tokens")
-    lines.append(f"  {rows_now} rows in {seconds:.1f} s; busy, summed over ranks: {_busy(totals)}")
-    if config.tokenizer.name.startswith("tiny-") or config.text_encoder.name.startswith("tiny-"):
-        lines.append("  made with the bundled tiny models, which are for trying out: name real ones to train on it")
-    lines.append(f"  train: python scripts/train.py data.path={config.output_dir}")
-    print("\n".join(lines))
-
-
-def _busy(totals: Totals) -> str:
-    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in totals.stage_seconds.items())
 
 
 def prepare_from_command_line(options: DictConfig) -> None:

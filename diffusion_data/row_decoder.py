@@ -40,6 +40,7 @@ class DecodedRow:
     caption: str
     metadata: dict[str, Any]
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class RejectedRow:
     message: str
     metadata: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         own = {
@@ -84,7 +86,7 @@ class RowDecoder:
     size_multiple: int
 
     def __call__(self, row: Row) -> DecodedRow | RejectedRow:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         metadata: dict[str, Any] = {}
         try:
             metadata = {column: _json_value(row.values.get(column), column) for column in self.metadata_columns}
@@ -98,6 +100,7 @@ class RowDecoder:
                 message=rejected.message,
                 metadata=metadata,
                 seconds=time.perf_counter() - started,
+                cpu_seconds=time.thread_time() - cpu_started,
             )
         return DecodedRow(
             row=row.index,
@@ -110,6 +113,7 @@ class RowDecoder:
             caption=sample.caption,
             metadata=metadata | _checked_metadata(sample.metadata),
             seconds=time.perf_counter() - started,
+            cpu_seconds=time.thread_time() - cpu_started,
         )
 
     def _process(self, row: Row) -> tuple[MediaSample, Any]:

@@ -4,7 +4,8 @@
     .pickle .pkl    an unpickler that knows numpy arrays and torch tensors, and nothing else
     .json           json
 
-energon's own decoder runs whatever a pickle names; this one takes its place.
+energon's own decoder runs whatever a pickle names; this one takes its place. Parts of a kind that was read before
+are not unpickled again, see `part_layouts`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.energon import SampleDecoder
+
+from diffusion_data.part_layouts import PartLayouts
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,36 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "pkl": _unpickle_array,
     "json": json.loads,
 }
+# Each reader's own: what one of them accepts is nothing to another.
+_LAYOUTS: dict[Callable[[bytes], Any], PartLayouts] = {_load_tensor: PartLayouts(), _unpickle_array: PartLayouts()}
 
 
-def decode_part(name: str, raw: bytes) -> Any:
-    """The value of one part; bytes as they are where the name's extension is none of ours.
+def decode_part(name: str, raw: bytes | memoryview) -> Any:
+    """The value of one part; bytes where the name's extension is none of ours.
+
+    Tensors and arrays can be written to. They share the memory of `raw` if that can be written to.
 
     Raises:
         ValueError: the part is broken, or holds more than arrays, tensors or json.
     """
     decoder = _DECODERS.get(name.rsplit(".", 1)[-1])
     if decoder is None:
-        return raw
+        return bytes(raw)
+    layouts = _LAYOUTS.get(decoder)
+    if layouts is not None:
+        value = layouts.read(memoryview(raw))
+        if value is not None:
+            return value
+    content = bytes(raw)
     try:
-        return decoder(raw)
+        value = decoder(content)
     # A hostile or truncated part can end in any exception of the parsers, and none may stop the run.
     except Exception as error:
         first_line = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"part {name!r} is refused: {type(error).__name__}: {first_line}") from error
+    if layouts is not None:
+        layouts.learn(content, value)
+    return value
 
 
 class SafeDecoder(SampleDecoder):
@@ -110,7 +126,7 @@ class SafeDecoder(SampleDecoder):
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Decode the parts of a sample; what can't be decoded becomes a `BadPart`."""
         return {
-            name: value if name.startswith("__") or not isinstance(value, bytes) else _or_bad(name, value)
+            name: value if name.startswith("__") or not isinstance(value, bytes | memoryview) else _or_bad(name, value)
             for name, value in sample.items()
         }
 
@@ -121,7 +137,7 @@ class SafeDecoder(SampleDecoder):
         return {"decoder": type(self).__qualname__}
 
 
-def _or_bad(name: str, raw: bytes) -> Any:
+def _or_bad(name: str, raw: bytes | memoryview) -> Any:
     try:
         return decode_part(name, raw)
     except ValueError as error:

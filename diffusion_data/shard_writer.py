@@ -30,8 +30,10 @@ class ShardWriter:
         stats = DatasetStats()
         rejected: list[RejectedRow] = []
         written = 0
+        encoded.wait()
+        times = encoded.record.times
         try:
-            with encoded.times.busy("write"), durable_file(final) as file:
+            with times.busy("write"), durable_file(final) as file:
                 with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
                     for sample in encoded.samples():
                         if isinstance(sample, RejectedRow):
@@ -56,7 +58,9 @@ class ShardWriter:
             fingerprint=self._ledger.fingerprint,
             rejected=[row.to_json() for row in rejected],
             stats=stats.to_json(),
-            stage_seconds=encoded.times.seconds(),
+            batches_halved=encoded.record.halved,
+            stage_seconds=times.seconds(),
+            stage_cpu_seconds=times.cpu_seconds(),
         )
         self._ledger.write(entry)
         return entry

@@ -185,3 +185,25 @@ def test_samples_of_different_models_can_not_be_batched():
 def test_impossible_settings_are_refused():
     with pytest.raises(UserError, match="patch_spatial must be at least 1"):
         BasicDiffusionTaskEncoder(patch_spatial=0)
+
+
+def test_text_is_rounded_to_bfloat16_as_torch_rounds_it():
+    every_finite_half = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every_finite_half = every_finite_half[every_finite_half.isfinite()]
+    text = every_finite_half[: len(every_finite_half) // 200 * 200].view(200, -1)  # more rows than go at a time
+    sample = LatentSample(**{**vars(tiny_sample(0)), "text_embedding": text.numpy()})
+    encoder = BasicDiffusionTaskEncoder(text_embedding_padding_size=250)
+    batch = batch_of(encoder, sample)
+    assert torch.equal(batch["t5_text_embeddings"][0, :200], text.to(torch.bfloat16))
+    assert not batch["t5_text_embeddings"][0, 200:].any()
+    assert torch.equal(encode(encoder, sample).t5_text_embeddings, text.to(torch.bfloat16))
+
+
+def test_an_encoded_sample_shows_what_the_batch_will_hold():
+    encoder = BasicDiffusionTaskEncoder(seq_length=8)
+    sample = encode(encoder, tiny_sample(3, (2, 2, 4, 4)))
+    batch = encoder.batch([sample])
+    assert sample.latent_shape == (2, 2, 4, 4)
+    assert torch.equal(batch["video"][0], sample.video)
+    assert torch.equal(batch["pos_ids"][0], sample.pos_ids)
+    assert (sample.seq_len_q, sample.seq_len_kv) == (8, 3)

@@ -42,6 +42,7 @@ def decoded(row: int, height: int = 32, width: int = 32, frames: int = 1, captio
         caption=caption,
         metadata={},
         seconds=0.0,
+        cpu_seconds=0.0,
     )
 
 

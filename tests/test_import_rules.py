@@ -20,7 +20,9 @@ ONLINE = {
     "epoch_shuffle",
     "loader_state",
     "parallel_ranks",
+    "part_layouts",
     "safe_decoder",
+    "sample_reader",
     "shard_reader",
     "skip_counts",
 }

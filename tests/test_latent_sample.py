@@ -15,6 +15,7 @@ from diffusion_data.latent_sample import (
     LatentSample,
     all_finite,
     build_metadata,
+    largest_magnitude,
     sample_key,
 )
 
@@ -130,3 +131,23 @@ def test_one_bad_value_anywhere_is_found(bad: float) -> None:
     values[2, 3] = bad
     assert not all_finite(values)
     assert not all_finite(values.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_largest_magnitude_is_exact_for_every_value_of_16_bits(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for value in patterns[:: 2**6]:
+        expected = abs(value.item())
+        for others in ([], [0.0, -0.0], [0.0]):
+            found = largest_magnitude(torch.cat([value[None], torch.tensor(others, dtype=dtype)]))
+            assert found == expected or (found != found and expected != expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_largest_magnitude_is_that_of_either_sign(dtype: torch.dtype) -> None:
+    for values in ([1.5, -2.5], [2.5, -1.5], [-1.0, -2.5], [1.0, 2.5], [-0.0, 2.5]):
+        assert largest_magnitude(torch.tensor(values, dtype=dtype)) == 2.5
+        assert largest_magnitude(torch.tensor([values, values], dtype=dtype)[:, :2].t()) == 2.5
+    assert largest_magnitude(torch.zeros(0, dtype=dtype)) == 0
+    assert largest_magnitude(np.array([-3, 2], np.float16)) == 3
+    assert largest_magnitude(np.array([-3, 2], np.float64)) == 3

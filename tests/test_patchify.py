@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusion_data.patchify import patchify, position_ids_3d, sequence_length, unpatchify
+from diffusion_data.patchify import patchify, patchify_into, position_ids_3d, sequence_length, unpatchify
 
 
 def test_patch_order_is_time_rows_columns_and_within_a_patch_rows_columns_time_channels():
@@ -22,6 +22,22 @@ def test_unpatchify_undoes_patchify_and_drops_padding(patch_spatial, patch_tempo
     patches = patchify(latent, patch_spatial, patch_temporal)
     padded = torch.cat([patches, torch.zeros(5, patches.shape[1])])
     assert torch.equal(unpatchify(padded, latent.shape, patch_spatial, patch_temporal), latent)
+
+
+@pytest.mark.parametrize(("patch_spatial", "patch_temporal"), [(2, 1), (1, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_patches_written_in_place_are_the_same(patch_spatial, patch_temporal, dtype):
+    whole = torch.randn(3, 6, 4, 8).to(dtype)
+    for latent in (whole, whole[:, :3]):  # also of a clip that was cut
+        expected = patchify(latent, patch_spatial, patch_temporal)
+        padded = torch.full((2, len(expected) + 1, expected.shape[1]), 9, dtype=dtype)
+        patchify_into(padded[1, : len(expected)], latent, patch_spatial, patch_temporal)
+        assert torch.equal(padded[1, :-1], expected)
+        assert (padded[0] == 9).all()
+        assert (padded[1, -1] == 9).all()
+        converted = torch.empty(expected.shape, dtype=torch.float64)
+        patchify_into(converted, latent, patch_spatial, patch_temporal)
+        assert torch.equal(converted, expected.double())
 
 
 def test_sequence_length_counts_patches():

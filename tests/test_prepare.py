@@ -410,3 +410,25 @@ def test_the_options_file_lists_every_option_with_its_default() -> None:
     for group, kind in [("tokenizer", TokenizerConfig), ("text_encoder", TextEncoderConfig)]:
         assert set(listed[group]) == {each.name for each in fields(kind)}
     assert set(listed) - {"defaults", "hydra"} == {each.name for each in fields(PrepareConfig)}
+
+
+def test_threads_and_workers_change_no_byte_and_halved_batches_are_in_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "source.parquet", source_rows(12))
+    prepare(prepare_config(source, tmp_path / "in_line"))
+    prepare(prepare_config(source, tmp_path / "threads", num_workers=2, encode_threads=3))
+    assert tar_bytes(tmp_path / "threads") == tar_bytes(tmp_path / "in_line")
+
+    original = CosmosTokenizer.encode
+
+    def one_at_a_time(self: CosmosTokenizer, frames: torch.Tensor) -> torch.Tensor:
+        if len(frames) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, frames)
+
+    monkeypatch.setattr(CosmosTokenizer, "encode", one_at_a_time)
+    prepare(prepare_config(source, tmp_path / "halved"))
+    entry = json.loads((tmp_path / "halved/run/ledger/shard_000000.json").read_text())
+    assert entry["batches_halved"] == ["2 frames"]
+    assert json.loads((tmp_path / "halved/run/stats.json").read_text())["batches_halved"] >= 3
