@@ -8,6 +8,7 @@ an encoder of its own that computes the same in 2D.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection

@@ -1,131 +1,205 @@
 """Rows -> decoded or rejected rows, in order, from worker processes that run ahead.
 
+    rows ─ map ─▶ RowExchange ◀─▶ _Attendant (a thread) ◀─ pipe ─▶ WorkerProcess
+                    └─ results, in order ─▶ map's caller
+
 Order in is order out, so what is batched later depends on the rows alone, not on which worker was quick.
+Each worker has its own pipe and its own thread here: a worker that dies, at whatever moment, concerns nobody else.
 """
 
 from __future__ import annotations
 
-import os
-import signal
+import functools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
-
-from diffusion_data.errors import Reason
-from diffusion_data.process_server import process_context
-from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
+from diffusion_data.decode_worker_process import Raised, WorkerDied, WorkerProcess, WorkerTraceback
+from diffusion_data.errors import Reason, UserError
+from diffusion_data.row_decoder import DecodedRow, RejectedRow
+from diffusion_data.row_exchange import Closed, RowExchange
 from diffusion_data.sources import Row
 
 _RUN_AHEAD_ROWS = 16  # per worker: covers a row that takes as long as 16 others
 _RUN_AHEAD_BYTES = 2 << 30  # of decoded frames waiting in this process
+_ROWS_HELD = 2  # by a worker: the one in work, and the one that it goes on with
 _TRIES = 2  # of a row whose worker died: the machine may have been short of memory just then
+_START_TRIES = 3  # of a worker
 
 Tag = TypeVar("Tag")
+Decoder = Callable[[Row], "DecodedRow | RejectedRow"]
 
 
 class DecodeWorkers:
-    """A pool of decode processes, used as a context manager.
+    """A set of decode processes, used as a context manager.
 
-    num_workers = 0 decodes in this process. A worker that is killed costs the row that it held, which is
-    tried again and then rejected as `worker_killed`; the pool replaces the worker.
+    num_workers = 0 decodes in this process. A worker that dies is replaced; the row it worked on is tried
+    again and then rejected as `worker_killed`. row_timeout_seconds: a row that takes longer costs its worker
+    and is rejected as `timeout`; a worker's first row includes importing the process function.
     """
 
-    def __init__(self, decoder: RowDecoder, num_workers: int) -> None:
+    def __init__(self, decoder: Decoder, num_workers: int, row_timeout_seconds: float | None = None) -> None:
+        if row_timeout_seconds is not None and not num_workers:
+            raise ValueError("row_timeout_seconds needs worker processes: without them nothing can be stopped")
         self._decoder = decoder
-        self._num_workers = num_workers
-        self._pool: ProcessPool | None = None
+        self._run_ahead_rows = _RUN_AHEAD_ROWS * num_workers
+        self._exchange = RowExchange(num_workers, _RUN_AHEAD_BYTES)
+        self._attendants = [_Attendant(self._exchange, decoder, row_timeout_seconds) for _ in range(num_workers)]
 
     def __enter__(self) -> DecodeWorkers:
-        if self._num_workers:
-            self._pool = ProcessPool(
-                max_workers=self._num_workers,
-                initializer=_start_worker,
-                initargs=(self._decoder, os.getpid()),
-                context=process_context(),
-            )
+        for attendant in self._attendants:
+            attendant.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+        self._exchange.close()
+        running = [attendant for attendant in self._attendants if attendant.ident is not None]
+        while running:
+            for attendant in running:
+                attendant.kill_worker()  # again, for it may just have been replaced
+            running[0].join(0.05)
+            running = [attendant for attendant in running if attendant.is_alive()]
 
     def map(self, rows: Iterable[tuple[Tag, Row]]) -> Iterator[tuple[Tag, DecodedRow | RejectedRow]]:
-        """Decode tagged rows; yields (tag, result) in the order of `rows`.
+        """Decode tagged rows; yields (tag, result) in the order of `rows`. One call at a time.
 
         Reads `rows` only as far ahead as the workers need, bounded in rows and in bytes of frames.
+        Raises what `rows` raises, and what the decoder raises, at that row's place in the order.
         """
-        if self._pool is None:
+        if not self._attendants:
             for tag, row in rows:
                 yield tag, self._decoder(row)
             return
-        waiting: deque[tuple[Tag, Row, Future]] = deque()
-        largest_bytes = 1
         source = iter(rows)
+        tags: deque[Tag] = deque()
         exhausted = False
-        while True:
-            limit = min(_RUN_AHEAD_ROWS * self._num_workers, _RUN_AHEAD_BYTES // largest_bytes)
-            while not exhausted and len(waiting) < max(limit, self._num_workers + 1):
-                entry = next(source, None)
-                if entry is None:
-                    exhausted = True
-                else:
-                    waiting.append((*entry, self._pool.schedule(_decode_in_worker, args=[entry[1]])))
-            if not waiting:
-                return
-            tag, row, future = waiting.popleft()
-            result = self._result(row, future)
-            if isinstance(result, DecodedRow):
-                largest_bytes = max(largest_bytes, result.pixels.nbytes)
-            yield tag, result
-
-    def _result(self, row: Row, future: Future) -> DecodedRow | RejectedRow:
-        assert self._pool is not None
-        deaths = 0
-        while True:
-            try:
-                return future.result()
-            except ProcessExpired as death:
-                deaths += 1
-                if deaths == _TRIES:
-                    return RejectedRow(
-                        row=row.index,
-                        source_file=row.source_file,
-                        source_row=row.source_row,
-                        reason=Reason.worker_killed,
-                        message=f"its worker died {_TRIES} times, last with exit code {death.exitcode}",
-                    )
-            future = self._pool.schedule(_decode_in_worker, args=[row])
-
-
-_decode: Callable[[Row], DecodedRow | RejectedRow]
-
-
-def _start_worker(decoder: RowDecoder, parent: int) -> None:
-    """Set up a worker process: one thread, deaf to Ctrl-C (the parent ends it), gone with its parent."""
-    global _decode
-    _decode = decoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(1)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    """A rank that is killed can't stop its workers, and they would wait for work for ever."""
-    while True:
         try:
-            os.kill(parent, 0)
-        except OSError:  # no such process, or its number now belongs to somebody else's
-            os._exit(1)
-        time.sleep(1.0)
+            while True:
+                while not exhausted and len(tags) < self._run_ahead_rows:
+                    entry = next(source, None)
+                    if entry is None:
+                        exhausted = True
+                    else:
+                        tags.append(entry[0])
+                        self._exchange.put(entry[1])
+                if not tags:
+                    return
+                result = self._exchange.next_result()
+                if isinstance(result, Raised):
+                    raise result.error from WorkerTraceback(f"\n{result.traceback}")
+                yield tags.popleft(), result
+        finally:
+            self._exchange.forget()
 
 
-def _decode_in_worker(row: Row) -> DecodedRow | RejectedRow:
-    return _decode(row)
+class _Attendant(threading.Thread):
+    """Keeps one worker process busy, takes its results, replaces it when it dies."""
+
+    def __init__(self, exchange: RowExchange, decoder: Decoder, row_timeout_seconds: float | None) -> None:
+        super().__init__(name="decode worker attendant", daemon=True)
+        self._exchange = exchange
+        self._decoder = decoder
+        self._timeout_seconds = row_timeout_seconds
+        self._worker: WorkerProcess | None = None
+        self._held: deque[tuple[int, Row]] = deque()  # the first is the one in work
+        self._num_sent = 0  # of them, to this worker
+        self._since = 0.0  # when work on it began
+        self._deaths = 0  # that it has cost
+
+    def run(self) -> None:
+        try:
+            self._start_worker()
+            while True:
+                self._step()
+        except Closed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
+            self._exchange.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        finally:
+            self.kill_worker()
+            if self._worker is not None:
+                self._worker.end()
+
+    def kill_worker(self) -> None:
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
+
+    def _step(self) -> None:
+        assert self._worker is not None
+        try:
+            self._send_or_receive(self._worker)
+        except WorkerDied:
+            self._bury_worker(self._worker)
+
+    def _send_or_receive(self, worker: WorkerProcess) -> None:
+        if self._num_sent < len(self._held):
+            worker.send(self._held[self._num_sent][1])
+            self._num_sent += 1
+        elif not self._held:
+            self._held.append(self._exchange.take())
+            self._since = time.monotonic()
+            if worker.has_something(0):  # it owes nothing: it died while it had nothing to do
+                worker.end()
+                self._start_worker()
+        elif len(self._held) < _ROWS_HELD and (another := self._exchange.take_another()):
+            self._held.append(another)
+        else:
+            self._receive(worker)
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        left = None if self._timeout_seconds is None else self._since + self._timeout_seconds - time.monotonic()
+        if worker.has_something(None if left is None else max(0.0, left)):
+            number = self._held[0][0]
+            self._finish(worker.receive(functools.partial(self._exchange.admit, number)))
+            return
+        worker.kill()
+        worker.end()
+        self._reject(Reason.timeout, f"not decoded after {self._timeout_seconds:g} seconds")
+        self._start_worker()
+
+    def _bury_worker(self, worker: WorkerProcess) -> None:
+        """The row in work is to blame, unless it was bad luck: it gets a second try."""
+        end = worker.end()
+        self._exchange.check_open()  # or it was killed because the caller is done
+        self._deaths += 1
+        if self._deaths == _TRIES:
+            self._reject(Reason.worker_killed, f"its worker died {_TRIES} times, last: {end}")
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        """A new process; it will be sent the rows that the last one held."""
+        for _ in range(_START_TRIES):
+            self._exchange.check_open()
+            self._worker = WorkerProcess(self._decoder)
+            try:
+                self._worker.wait_until_started()
+            except WorkerDied:
+                end = self._worker.end()
+                continue
+            self._num_sent = 0
+            self._since = time.monotonic()
+            return
+        self._exchange.check_open()
+        raise UserError(f"decode workers can't be started: {_START_TRIES} died at once, the last one: {end}")
+
+    def _reject(self, reason: Reason, message: str) -> None:
+        row = self._held[0][1]
+        self._finish(
+            RejectedRow(
+                row=row.index,
+                source_file=row.source_file,
+                source_row=row.source_row,
+                reason=reason,
+                message=message,
+            )
+        )
+
+    def _finish(self, result: Any) -> None:
+        number, _ = self._held.popleft()
+        self._num_sent -= 1
+        self._deaths = 0
+        self._since = time.monotonic()
+        self._exchange.finish(number, result)

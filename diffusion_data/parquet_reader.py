@@ -81,7 +81,7 @@ class ParquetReader:
     def _read_batch(self) -> None:
         try:
             batch = next(self._batches, None)
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:  # pyarrow's, or the client library's of a URL's filesystem
             raise self._error(error) from error
         if batch is None:
             raise UserError(f"source.path: {self.url} has changed: it has only {self._batch_end} rows now")

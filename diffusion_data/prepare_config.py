@@ -58,6 +58,7 @@ class PrepareConfig:
     samples_per_shard: rows of a shard; None chooses by the number of rows
     split_ratio: weights of train, val, test; by shard
     num_workers: decode processes a rank; None shares the node's processors out, 0 decodes in line
+    row_timeout_seconds: longest that fetching and decoding one row may take; None sets no limit
     encode_threads: batches encoded at a time on a CPU; None as num_workers
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
@@ -70,6 +71,7 @@ class PrepareConfig:
     samples_per_shard: int | None
     split_ratio: tuple[float, ...]
     num_workers: int | None
+    row_timeout_seconds: float | None
     encode_threads: int | None
     seed: int
     max_reject_rate: float

@@ -9,6 +9,7 @@ torchrun starts one rank a GPU; the same command again finishes what is missing 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
@@ -247,7 +248,8 @@ def _encode_shards(
     pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, config.batching, encode_threads)
     rows = ((shard, row) for shard in _claimed(ranks, todo) for row in source.read_rows(shard.start, shard.stop))
     with (
-        DecodeWorkers(decoder, num_workers) as workers,
+        contextlib.closing(source),
+        DecodeWorkers(decoder, num_workers, config.row_timeout_seconds) as workers,
         ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing,
     ):
         pending: deque[Future[LedgerEntry]] = deque()

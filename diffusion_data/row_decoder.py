@@ -20,6 +20,7 @@ from hydra.utils import get_method
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import RESERVED_FIELDS
 from diffusion_data.media import MediaConfig, MediaLoader
+from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample
 from diffusion_data.sources import Row
 
@@ -39,8 +40,8 @@ class DecodedRow:
     image_width: int
     caption: str
     metadata: dict[str, Any]
-    seconds: float
-    cpu_seconds: float
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,9 @@ class RowDecoder:
         started, cpu_started = time.perf_counter(), time.thread_time()
         metadata: dict[str, Any] = {}
         try:
-            metadata = {column: _json_value(row.values.get(column), column) for column in self.metadata_columns}
-            sample, frames = self._process(row)
+            values = _Values(row.values)
+            metadata = {column: _json_value(values.get(column), column) for column in self.metadata_columns}
+            sample, frames = self._process(row, values)
         except RowRejected as rejected:
             return RejectedRow(
                 row=row.index,
@@ -116,12 +118,12 @@ class RowDecoder:
             cpu_seconds=time.thread_time() - cpu_started,
         )
 
-    def _process(self, row: Row) -> tuple[MediaSample, Any]:
+    def _process(self, row: Row, values: _Values) -> tuple[MediaSample, Any]:
         function = resolve_process_func(self.process_func)
         media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
         arguments = {**self.arguments, **({"media": media} if takes_media(function) else {})}
         try:
-            sample = function(row.values, **arguments)
+            sample = function(values, **arguments)
             if not isinstance(sample, MediaSample):
                 raise TypeError(f"{self.process_func} returned {type(sample).__name__}, expected MediaSample")
             _check_caption(sample.caption)
@@ -132,6 +134,22 @@ class RowDecoder:
         # The user's own code may raise anything, or call sys.exit: the row's fault, not the job's.
         except (Exception, SystemExit) as error:
             raise RowRejected(Reason.process_func_error, _describe(error)) from error
+
+
+class _Values(dict[str, Any]):
+    """A row's values; taking one that could not be read rejects the row, others' rows don't notice."""
+
+    def __getitem__(self, column: str) -> Any:
+        return self._checked(column, super().__getitem__(column))
+
+    def get(self, column: str, default: Any = None) -> Any:
+        return self._checked(column, super().get(column, default))
+
+    @staticmethod
+    def _checked(column: str, value: Any) -> Any:
+        if isinstance(value, BadCell):
+            raise RowRejected(Reason.decode_error, f"column {column!r}: {value.message}")
+        return value
 
 
 @functools.lru_cache(maxsize=8)

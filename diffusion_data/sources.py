@@ -188,7 +188,7 @@ def _find(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
             raise UserError(f"source.path: there is nothing at {path}")
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # what a URL's filesystem raises is its client library's choice
         raise UserError(f"source.path: can't look into {path}: {one_line(error)}") from error
     below = len(posixpath.commonpath([posixpath.dirname(each) for each in found])) if found else 0
     paths = sorted(each for each in found if _is_data(each[below:]))
@@ -220,7 +220,7 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
             num_bytes = file.seek(0, 2)
             file.seek(num_bytes - 8 - metadata.serialized_size)
             footer = file.read(metadata.serialized_size)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+    except Exception as error:  # pyarrow's, or the client library's of a URL's filesystem
         raise UserError(f"source.path: {url} is not a readable parquet file: {one_line(error)}") from error
     return SourceFile(
         url=url,

@@ -100,25 +100,26 @@ def _first_clip(
     to_rgb = _RgbConverter()
     plan: ResizePlan | None = None
     seconds: list[float] = []
-    pixels: list[np.ndarray] = []
+    clip = bytearray()  # grows in place: frames in a list would all be there twice when they are joined
     last_frame, height, width = None, 0, 0
+    pixels = np.empty((0, 0, 3), np.uint8)
     for at_seconds, frame in frames_at(fps, clock.timed(frames), tolerance):
-        if frame is last_frame:
-            pixels.append(pixels[-1])
-        else:
+        if frame is not last_frame:
             upright = turn_upright(to_rgb(frame), display_matrix(frame))
             if plan is None:
                 height, width = upright.shape[:2]
                 plan = plan_for(*_display_size(stream, frame, height, width))
-            pixels.append(plan.apply(upright[None])[0])
+            pixels = np.ascontiguousarray(plan.apply(upright[None])[0])
             last_frame = frame
+        clip += pixels.data
         seconds.append(at_seconds)
-        if len(pixels) == num_frames:
+        if len(seconds) == num_frames:
             break
-    if not pixels:
+    if not seconds:
         return None
     measured = fps if fps is not None else clock.measured_fps(seconds)
-    return DecodedVideo(pixels=np.stack(pixels), fps=measured, source_height=height, source_width=width)
+    frames_joined = np.frombuffer(clip, np.uint8).reshape(len(seconds), *pixels.shape)
+    return DecodedVideo(pixels=frames_joined, fps=measured, source_height=height, source_width=width)
 
 
 class FrameClock:

@@ -66,6 +66,7 @@ def prepare_config(source: Path, output_dir: Path, **options: Any) -> PrepareCon
         "samples_per_shard": 4,
         "split_ratio": (1, 0, 0),
         "num_workers": 0,
+        "row_timeout_seconds": None,
         "encode_threads": 0,
         "seed": 0,
         "max_reject_rate": 0.05,

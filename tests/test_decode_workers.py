@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from diffusion_data import decode_workers
 from diffusion_data.decode_workers import DecodeWorkers
-from diffusion_data.errors import Reason, RowRejected
+from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.media import Frames, MediaConfig
 from diffusion_data.process_funcs import MediaSample
+from diffusion_data.process_server import process_context
 from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
 from diffusion_data.sources import Row
 
@@ -149,7 +154,8 @@ def test_results_come_in_the_order_of_the_rows(num_workers: int) -> None:
     assert [result.row for _, result in results] == list(range(100, 150))
 
 
-def test_rows_are_read_only_as_far_ahead_as_the_workers_need() -> None:
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_rows_are_read_only_as_far_ahead_as_the_workers_need(num_workers: int) -> None:
     taken = 0
 
     def endless() -> Iterator[tuple[str, Row]]:
@@ -158,11 +164,11 @@ def test_rows_are_read_only_as_far_ahead_as_the_workers_need() -> None:
             taken += 1
             yield entry
 
-    with DecodeWorkers(decoder(), 1) as workers:
+    with DecodeWorkers(decoder(), num_workers) as workers:
         results = workers.map(endless())
         for _ in range(10):
             next(results)
-        assert 10 <= taken <= 10 + 16
+        assert 10 <= taken <= 10 + 16 * num_workers
 
 
 def test_a_row_that_kills_its_worker_is_rejected_and_the_others_are_not_lost(tmp_path: Path) -> None:
@@ -181,3 +187,231 @@ def test_a_row_that_kills_its_worker_is_rejected_and_the_others_are_not_lost(tmp
     assert isinstance(results[1], RejectedRow)
     assert results[1].reason is Reason.worker_killed
     assert "2 times" in results[1].message
+    assert "killed by SIGKILL" in results[1].message
+
+
+def simple_decoder(row: Row) -> DecodedRow | RejectedRow:
+    """What the row's `does` says, in the decoder itself; frames of `bytes` bytes and the worker's process id."""
+    values = row.values
+    match values["does"]:
+        case "sleep once" if not Path(values["flag"]).exists():
+            Path(values["flag"]).write_text(str(os.getpid()))
+            time.sleep(60)
+        case "user error":
+            raise UserError("process_func._target_: can't import it")
+        case "bug":
+            raise KeyError("a bug")
+        case "unpicklable error":
+            raise type("Local", (Exception,), {})("made here")
+        case "exit":
+            sys.exit(0)
+        case "sleep":
+            time.sleep(60)
+        case "stay behind":  # a child that holds all that it inherited
+            if os.fork() == 0:
+                time.sleep(3)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "note":
+            Path(values["flag"]).write_text(str(os.getpid()))
+    return DecodedRow(
+        row=row.index,
+        source_file=row.source_file,
+        source_row=row.source_row,
+        pixels=np.full((1, 1, values.get("bytes", 3) // 3, 3), values["value"], np.uint8),
+        framerate=None,
+        image_height=1,
+        image_width=1,
+        caption="",
+        metadata={"pid": os.getpid()},
+        seconds=0.0,
+    )
+
+
+def wait_for(condition: Callable[[], Any], timeout_seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pid_of(result: DecodedRow | RejectedRow) -> int:
+    assert isinstance(result, DecodedRow)
+    return result.metadata["pid"]
+
+
+def kinds(results: Iterable[tuple[Any, DecodedRow | RejectedRow]]) -> list[str]:
+    return [result.reason.value if isinstance(result, RejectedRow) else "decoded" for _, result in results]
+
+
+def test_frames_that_wait_for_their_turn_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_workers, "_RUN_AHEAD_BYTES", 7_000_000)
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        results = workers.map(rows(*[{"bytes": 3_000_000} for _ in range(12)]))
+        next(results)
+        most = 0
+        for _ in range(11):
+            time.sleep(0.03)  # for the workers, to run ahead as far as they may
+            waiting = [result.pixels.nbytes for result in workers._exchange._results.values()]
+            most = max(most, sum(waiting))
+            next(results)
+        assert 6_000_000 <= most <= 7_000_000 + 3_000_000  # the next in turn always has room
+
+
+def test_results_larger_than_the_bound_come_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_workers, "_RUN_AHEAD_BYTES", 1)
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        results = [result for _, result in workers.map(rows(*[{"bytes": 300_000} for _ in range(10)]))]
+    assert [result.row for result in results] == list(range(100, 110))
+    assert [int(result.pixels.mean()) for result in results if isinstance(result, DecodedRow)] == list(range(10))
+
+
+def test_a_worker_killed_while_it_sends_a_large_result_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_workers, "_RUN_AHEAD_BYTES", 10)  # the large one waits until the first is taken
+    flag = tmp_path / "flag"
+    with DecodeWorkers(simple_decoder, 1) as workers:
+        large = {"does": "note", "flag": str(flag), "bytes": 200_000_001, "value": 7}
+        results = workers.map(rows({"value": 5}, {"value": 6}, large, {"value": 8}))
+        assert pid_of(next(results)[1])
+        # The second one is there; nobody asks for it, so the third has begun to send and can't go on.
+        wait_for(flag.exists)
+        first_pid = int(flag.read_text())
+        time.sleep(0.3)
+        os.kill(first_pid, signal.SIGKILL)
+        rest = [result for _, result in results]
+    assert [result.pixels.nbytes for result in rest if isinstance(result, DecodedRow)] == [3, 200_000_001, 3]
+    assert int(rest[1].pixels.min()) == int(rest[1].pixels.max()) == 7  # type: ignore[union-attr]
+    assert pid_of(rest[0]) == first_pid != pid_of(rest[1])
+
+
+def test_workers_killed_while_idle_are_replaced() -> None:
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        first = {pid_of(result) for _, result in workers.map(rows(*[{} for _ in range(40)]))}
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        for pid in first:
+            wait_for(lambda pid=pid: not is_running(pid))
+        second = list(workers.map(rows(*[{} for _ in range(40)])))
+        assert kinds(second) == ["decoded"] * 40
+        assert not first & {pid_of(result) for _, result in second}
+
+
+def test_a_row_whose_worker_exits_is_rejected_and_the_rank_goes_on() -> None:
+    with DecodeWorkers(simple_decoder, 1) as workers:
+        assert kinds(workers.map(rows({}, {"does": "exit"}, {}))) == ["decoded", "worker_killed", "decoded"]
+
+
+def test_a_process_that_the_worker_leaves_behind_does_not_hide_its_death() -> None:
+    started = time.monotonic()
+    with DecodeWorkers(simple_decoder, 1) as workers:
+        assert kinds(workers.map(rows({"does": "stay behind"}, {}))) == ["worker_killed", "decoded"]
+    assert time.monotonic() - started < 2.9
+
+
+def test_a_row_that_takes_too_long_is_rejected_as_timeout(tmp_path: Path) -> None:
+    with DecodeWorkers(simple_decoder, 1, row_timeout_seconds=0.5) as workers:
+        results = list(workers.map(rows({}, {"does": "sleep"}, {}, {})))
+    assert kinds(results) == ["decoded", "timeout", "decoded", "decoded"]
+    assert isinstance(results[1][1], RejectedRow)
+    assert results[1][1].message == "not decoded after 0.5 seconds"
+
+
+class NeverStarts:
+    """A decoder that can't be unpacked in another process."""
+
+    def __call__(self, row: Row) -> DecodedRow | RejectedRow:
+        raise AssertionError
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_workers_that_cannot_start_are_an_error() -> None:
+    with (
+        DecodeWorkers(NeverStarts(), 2) as workers,
+        pytest.raises(UserError, match="can't be started: 3 died at once, the last one: exit code 3"),
+    ):
+        list(workers.map(rows({}, {})))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_the_source_raises_reaches_the_caller(num_workers: int) -> None:
+    def source() -> Iterator[tuple[str, Row]]:
+        yield from rows({}, {})
+        raise LookupError("no such row group")
+
+    with DecodeWorkers(simple_decoder, num_workers) as workers, pytest.raises(LookupError, match="no such row group"):
+        list(workers.map(source()))
+
+
+@pytest.mark.parametrize(
+    ("does", "error", "message"),
+    [
+        ("user error", UserError, "process_func._target_: can't import it"),
+        ("bug", KeyError, "'a bug'"),
+        ("unpicklable error", RuntimeError, "Local: made here"),
+    ],
+)
+def test_what_the_decoder_raises_reaches_the_caller_in_its_turn(
+    does: str, error: type[Exception], message: str
+) -> None:
+    with DecodeWorkers(simple_decoder, 1) as workers:
+        results = workers.map(rows({}, {"does": does}, {}))
+        next(results)
+        with pytest.raises(error) as raised:
+            next(results)
+    assert type(raised.value) is error
+    assert str(raised.value) == message
+    assert "in simple_decoder" in str(raised.value.__cause__)
+
+
+def test_leaving_early_ends_the_workers_at_once(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    with DecodeWorkers(simple_decoder, 3) as workers:
+        results = workers.map(rows({}, {"does": "sleep once", "flag": str(flag)}, *[{} for _ in range(100)]))
+        next(results)
+        wait_for(lambda: flag.exists() and len(multiprocessing.active_children()) == 3)
+        pids = [process.pid for process in multiprocessing.active_children()]
+        left_at = time.monotonic()
+    assert time.monotonic() - left_at < 2
+    assert multiprocessing.active_children() == []
+    for pid in pids:
+        assert pid is not None
+        wait_for(lambda pid=pid: not is_running(pid))
+    with pytest.raises(RuntimeError, match="the decode workers were ended"):
+        list(results)
+
+
+def test_another_source_can_follow_one_that_was_left_early() -> None:
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        early = workers.map(rows(*[{"value": 1} for _ in range(50)]))
+        next(early)
+        early.close()
+        results = [result for _, result in workers.map(rows(*[{"value": 2} for _ in range(5)]))]
+    assert [int(result.pixels[0, 0, 0, 0]) for result in results if isinstance(result, DecodedRow)] == [2] * 5
+
+
+def be_a_rank(flags: list[str]) -> None:
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        list(workers.map(rows(*[{"does": "sleep once", "flag": flag} for flag in flags])))
+
+
+def test_a_rank_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None:
+    flags = [tmp_path / "a", tmp_path / "b"]
+    rank = process_context().Process(target=be_a_rank, args=([str(flag) for flag in flags],))
+    rank.start()
+    wait_for(lambda: all(flag.exists() and flag.read_text() for flag in flags))
+    rank.kill()
+    for flag in flags:
+        wait_for(lambda flag=flag: not is_running(int(flag.read_text())))
+    rank.join()

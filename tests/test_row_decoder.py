@@ -10,8 +10,9 @@ import pytest
 
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import Frames, MediaConfig
+from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample
-from diffusion_data.row_decoder import RejectedRow, RowDecoder
+from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
 from diffusion_data.sources import Row
 
 
@@ -61,3 +62,11 @@ def test_what_goes_into_the_ledger_is_short_and_can_be_written() -> None:
 def test_kept_columns_never_hide_why_and_which_row_was_rejected() -> None:
     line = decode(("row", "reason", "score"), does="reject", row=7, reason="mine", score=1).to_json()
     assert (line["row"], line["reason"], line["score"]) == (3, "not_found", 1)
+
+
+def test_a_cell_that_could_not_be_read_rejects_its_row_only_where_it_is_used() -> None:
+    bad = BadCell("'utf-8' codec can't decode byte 0xff")
+    assert isinstance(decode(unused=bad), DecodedRow)
+    for rejected in (decode(("kept",), kept=bad), decode(caption=bad)):
+        assert rejected.reason is Reason.decode_error
+        assert "'utf-8' codec can't decode byte 0xff" in rejected.message

@@ -255,3 +255,18 @@ def test_a_failed_read_closes_the_file(tmp_path: Path, opened: list[ParquetReade
     with pytest.raises(UserError, match=r"x\.parquet has changed: it has only 50 rows now"):
         values_of(source, 40, 60)
     assert not is_open(opened[0])
+
+
+class _ClientError(Exception):
+    """As an HTTP library's: neither OSError nor ValueError."""
+
+
+def test_a_network_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def fail(self: object, path: str, **options: object) -> bool:
+        raise _ClientError("Name or service not known")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "isdir", fail)
+    with pytest.raises(UserError, match=r"can't look into memory://x\.parquet: _ClientError: Name or service"):
+        ParquetSource.open("memory://x.parquet")

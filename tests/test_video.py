@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,19 @@ def test_lower_rate_takes_the_frame_shown_at_that_time(tmp_path: Path) -> None:
 def test_higher_rate_repeats_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 3, fps=10)
     assert frame_numbers(decode(path, fps=20).pixels) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_frames_of_a_clip_are_held_once(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 12, fps=1)
+    decode(path, num_frames=1)  # imports
+    tracemalloc.start()
+    try:
+        pixels = decode(path, fps=20).pixels
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(pixels) == 240
+    assert peak_bytes < 1.5 * pixels.nbytes
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
