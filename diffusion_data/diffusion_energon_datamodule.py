@@ -33,6 +33,7 @@ from diffusion_data.energon_loaders import (
     batches_of_longest_rank,
     loader_options,
     log_sample_error,
+    pass_batches_on,
     usable_workers,
     use_pinned_memory,
 )
@@ -192,7 +193,7 @@ class DiffusionDataModule(LightningDataModule):
             task_encoder=self.task_encoder,
         )
         loader = SavableDataLoader(dataset, **loader_options(config))
-        use_pinned_memory(loader, self.pin_memory)
+        self._set_up_loader(loader)
         saved, self._saved = self._saved, None
         if saved is not None:
             loader.restore_state_rank(from_plain(saved["ranks"][config.rank]))
@@ -208,8 +209,13 @@ class DiffusionDataModule(LightningDataModule):
             task_encoder=self.task_encoder,
         )
         loader = BasicDataLoader(dataset, **loader_options(config))
-        use_pinned_memory(loader, self.pin_memory)
+        self._set_up_loader(loader)
         return loader
+
+    def _set_up_loader(self, loader: torch.utils.data.DataLoader[Any]) -> None:
+        use_pinned_memory(loader, self.pin_memory)
+        if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
+            pass_batches_on(loader)
 
     def _ensure_set_up(self) -> None:
         if self.seq_length is None or self.task_encoder.seq_length != self.seq_length:

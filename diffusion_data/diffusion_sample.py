@@ -22,15 +22,17 @@ class CookedSample(Sample):
 
 @edataclass
 class DiffusionSample(Sample):
-    """A sample that was checked and cut; `batch` patches, converts and pads it in one go.
+    """A sample that was checked and cut. `batch` patches it, straight into the tensor of the batch.
 
     S patches of dimension D = patch_spatial**2 * patch_temporal * C; L text tokens.
     """
 
     #: bfloat16 (C, T, H, W), as stored.
     latent: torch.Tensor
-    #: float16 (L, E) as stored: real tokens only, at most text_embedding_padding_size.
-    text_embedding: torch.Tensor
+    #: bfloat16 (text_embedding_padding_size, E): the text's tokens, then room that nothing was written to yet.
+    text_and_room: torch.Tensor
+    #: L, the real tokens of the text, at most text_embedding_padding_size.
+    seq_len_kv: int
     #: (patch_spatial, patch_temporal)
     patch_sizes: tuple[int, int]
     #: (height, width) in pixels of the encoded frames.
@@ -56,15 +58,10 @@ class DiffusionSample(Sample):
 
     @property
     def t5_text_embeddings(self) -> torch.Tensor:
-        """bfloat16 (L, E). Made anew each time."""
-        return self.text_embedding.to(torch.bfloat16)
+        """bfloat16 (L, E): real tokens only."""
+        return self.text_and_room[: self.seq_len_kv]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, T, H, W) of the latent that is patched, after max_frames cut it."""
         return tuple(self.latent.shape)
-
-    @property
-    def seq_len_kv(self) -> int:
-        """L, the real tokens of the text."""
-        return len(self.text_embedding)

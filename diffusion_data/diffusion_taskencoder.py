@@ -110,11 +110,15 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
         latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
         text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
         length = self._checked_length(stored, latent, text)
+        text_and_room = torch.empty(self.text_embedding_padding_size, text.shape[1], dtype=torch.bfloat16)
+        if not _convert_finite(text_and_room, text):
+            raise self.skips.skip(stored.key, SkipReason.not_finite, "the text holds NaN or infinity")
         metadata = stored.metadata
         encoded = DiffusionSample.derive_from(
             sample,
             latent=latent,
-            text_embedding=text,
+            text_and_room=text_and_room,
+            seq_len_kv=len(text),
             patch_sizes=(self.patch_spatial, self.patch_temporal),
             image_size=(float(metadata["height"]), float(metadata["width"])),
             fps=float(metadata.get("framerate") or PICTURE_FPS),
@@ -158,8 +162,8 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
         if len(text) == 0:
             raise self.skips.skip(key, SkipReason.no_text, "its text embedding has no tokens")
         largest = largest_magnitude(latent)
-        if not math.isfinite(largest) or not all_finite(text):
-            raise self.skips.skip(key, SkipReason.not_finite, "the latent or the text holds NaN or infinity")
+        if not math.isfinite(largest):
+            raise self.skips.skip(key, SkipReason.not_finite, "the latent holds NaN or infinity")
         if largest > MAX_MAGNITUDE:
             raise self.skips.skip(key, SkipReason.too_large_values, f"the latent reaches {largest:g}")
         return length
@@ -168,44 +172,41 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     def batch(self, samples: Sequence[DiffusionSample]) -> dict[str, Any]:
         size, width = len(samples), _require_one_width(samples)
         length = self.seq_length or max(sample.seq_len_q for sample in samples)
-        text_length = self.text_embedding_padding_size
         bf16 = torch.bfloat16
-        # Every position is written once: the sample's own, then the padding.
-        batch: dict[str, Any] = {
-            "video": torch.empty(size, length, width.video, dtype=bf16),
-            "t5_text_embeddings": torch.empty(size, text_length, width.text, dtype=bf16),
-            "t5_text_mask": torch.empty(size, text_length, dtype=bf16),
-            "loss_mask": torch.empty(size, length, dtype=bf16),
-            "pos_ids": torch.empty(size, length, 3, dtype=torch.int64),
-        }
+        # Every position is written once: what is the sample's, then what is padding.
+        video = torch.empty(size, length, width.video, dtype=bf16)
+        positions = torch.empty(size, length, 3, dtype=torch.int64)
+        if size == 1:
+            text = samples[0].text_and_room[None]
+        else:
+            text = torch.empty(size, self.text_embedding_padding_size, width.text, dtype=bf16)
         for row, sample in enumerate(samples):
             patches, tokens = sample.seq_len_q, sample.seq_len_kv
-            patchify_into(batch["video"][row, :patches], sample.latent, *sample.patch_sizes)
-            _convert(batch["t5_text_embeddings"][row, :tokens], sample.text_embedding)
-            batch["pos_ids"][row, :patches] = sample.pos_ids
-            for mask, real in (("loss_mask", patches), ("t5_text_mask", tokens)):
-                batch[mask][row, :real] = 1
-            for name, real in (
-                ("video", patches),
-                ("loss_mask", patches),
-                ("pos_ids", patches),
-                ("t5_text_embeddings", tokens),
-                ("t5_text_mask", tokens),
-            ):
-                batch[name][row, real:] = 0
+            patchify_into(video[row, :patches], sample.latent, *sample.patch_sizes)
+            positions[row, :patches] = sample.pos_ids
+            if size > 1:
+                text[row, :tokens] = sample.t5_text_embeddings
+            text[row, tokens:] = 0
+            if patches < length:
+                video[row, patches:] = 0
+                positions[row, patches:] = 0
+        patches_of = torch.tensor([sample.seq_len_q for sample in samples], dtype=torch.int32)
+        tokens_of = torch.tensor([sample.seq_len_kv for sample in samples], dtype=torch.int32)
+        batch: dict[str, Any] = {
+            "video": video,
+            "t5_text_embeddings": text,
+            "t5_text_mask": _mask(tokens_of, text.shape[1]),
+            "loss_mask": _mask(patches_of, length),
+            "pos_ids": positions,
+            "seq_len_q": patches_of,
+            "seq_len_kv": tokens_of,
+        }
         batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.bfloat16)
         batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.bfloat16)
         batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.bfloat16)
-        batch["seq_len_q"] = torch.tensor([s.seq_len_q for s in samples], dtype=torch.int32)
-        batch["seq_len_kv"] = torch.tensor([s.seq_len_kv for s in samples], dtype=torch.int32)
         batch["latent_shape"] = torch.tensor([s.latent_shape for s in samples], dtype=torch.int32)
         batch["__key__"] = [sample.__key__ for sample in samples]
         return batch
-
-    @stateless
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Only what was asked for: energon adds a restore key that a training step has no use for."""
-        return {name: value for name, value in batch.items() if name != "__restore_key__"}
 
     def _load_dataset(
         self, dataset: LoadedDataset, worker_rotation_offset: int, worker_config: WorkerConfig
@@ -277,14 +278,25 @@ def _require_one_width(samples: Sequence[DiffusionSample]) -> _Widths:
 
 def _widths(sample: DiffusionSample) -> _Widths:
     patch_spatial, patch_temporal = sample.patch_sizes
-    return _Widths(patch_spatial**2 * patch_temporal * sample.latent.shape[0], sample.text_embedding.shape[1])
+    return _Widths(patch_spatial**2 * patch_temporal * sample.latent.shape[0], sample.text_and_room.shape[1])
 
 
-def _convert(target: torch.Tensor, source: torch.Tensor) -> None:
-    """target = source, for float16 to bfloat16, which torch does one by one: both ways over float32 are vectors."""
-    if len(source) == 0:
-        return
-    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), *source.shape[1:])
+def _mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    """bfloat16 (B, longest): 1 for the first of each row."""
+    return (torch.arange(longest, dtype=torch.int32) < lengths[:, None]).to(torch.bfloat16)
+
+
+def _convert_finite(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Write float16 `source` to the first rows of bfloat16 `target`; False if a value is NaN or infinite.
+
+    Over float32, since torch converts one half to the other value by value, but both to and from float32 in vectors;
+    a few rows at a time, so that what lies between, and what is scanned, is in the cache.
+    """
+    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), source.shape[1])
     for start in range(0, len(source), _ROWS_AT_A_TIME):
         rows = source[start : start + _ROWS_AT_A_TIME]
-        target[start : start + len(rows)] = between[: len(rows)].copy_(rows)
+        written = target[start : start + len(rows)]
+        written.copy_(between[: len(rows)].copy_(rows))
+        if not all_finite(written):
+            return False
+    return True

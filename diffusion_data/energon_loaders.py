@@ -131,6 +131,15 @@ def use_pinned_memory(loader: torch.utils.data.DataLoader[Any], wanted: bool) ->
     loader.pin_memory = wanted and torch.cuda.is_available()
 
 
+def pass_batches_on(loader: torch.utils.data.DataLoader[Any]) -> None:
+    """torch looks through each batch for arrays to convert, which costs more than copying a picture's latent."""
+    loader.collate_fn = _as_it_is
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 def usable_workers(num_workers: int, num_samples: int, data_parallel_size: int, split: str) -> int:
     """`num_workers`, lowered where some would have no sample (energon can't repeat nothing).
 

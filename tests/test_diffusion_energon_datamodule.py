@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from megatron.energon import stateless
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
@@ -312,6 +313,18 @@ def test_loading_is_silent(ten, num_workers, capfd, recwarn):
         rows(module(ten, num_workers=num_workers).train_dataloader())
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_arrays_in_batches_of_the_users_become_tensors(ten, num_workers):
+    class Own(BasicDiffusionTaskEncoder):
+        @stateless
+        def batch(self, samples):
+            return {**super().batch(samples), "score": np.ones(len(samples))}
+
+    batch = next(iter(module(ten, task_encoder=Own(), num_workers=num_workers).train_dataloader()))
+    assert torch.equal(batch["score"], torch.ones(1, dtype=torch.float64))
+    assert set(next(iter(module(ten, num_workers=num_workers).train_dataloader()))) == batch.keys() - {"score"}
 
 
 class Recorder(pl.LightningModule):

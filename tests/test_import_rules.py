@@ -23,6 +23,7 @@ ONLINE = {
     "part_layouts",
     "safe_decoder",
     "sample_reader",
+    "sequence_packing",
     "shard_reader",
     "skip_counts",
 }
