@@ -48,6 +48,7 @@ class DecodeWorkers:
                 initargs=(self._decoder, os.getpid()),
                 context=process_context(),
             )
+            self._pool.schedule(_nothing).result()  # until one is up: starting is not decoding
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -125,6 +126,10 @@ def _exit_with_parent(parent: int) -> None:
         except OSError:  # no such process, or its number now belongs to somebody else's
             os._exit(1)
         time.sleep(1.0)
+
+
+def _nothing() -> None:
+    """A task that any worker that has started can do."""
 
 
 def _decode_in_worker(row: Row) -> DecodedRow | RejectedRow:
