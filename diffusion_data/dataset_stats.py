@@ -29,6 +29,7 @@ class DatasetStats:
     resolutions: Counter[str] = field(default_factory=Counter)
     num_frames: Counter[str] = field(default_factory=Counter)
     text_tokens: Counter[str] = field(default_factory=Counter)
+    cropped_percent: Counter[str] = field(default_factory=Counter)
 
     def add(self, sample: LatentSample) -> None:
         values = sample.latent.flatten(1).to(torch.float64)
@@ -37,6 +38,7 @@ class DatasetStats:
         self.resolutions[sample.metadata["resolution"]] += 1
         self.num_frames[str(sample.metadata["num_frames"])] += 1
         self.text_tokens[str(len(sample.text_embedding))] += 1
+        self.cropped_percent[str(_cropped_percent(sample.metadata))] += 1
 
     def _add_moments(self, count: int, total: np.ndarray, square_total: np.ndarray) -> None:
         if self.latent_count:
@@ -73,10 +75,18 @@ class DatasetStats:
             "resolutions": dict(self.resolutions.most_common()),
             "num_frames": _by_number(self.num_frames),
             "text_tokens": _by_number(self.text_tokens),
+            "cropped_percent": _by_number(self.cropped_percent),
         }
 
 
-_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "text_tokens")
+_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "text_tokens", "cropped_percent")
+
+
+def _cropped_percent(metadata: dict[str, Any]) -> int:
+    """Share of the source's area that the crop to another aspect cost."""
+    source = metadata["image_width"] / metadata["image_height"]
+    kept = metadata["width"] / metadata["height"]
+    return round(100 * (1 - min(source, kept) / max(source, kept)))
 
 
 def _by_number(counter: Counter[str]) -> dict[str, int]:

@@ -51,6 +51,8 @@ class DecodeWorkers:
     def __enter__(self) -> DecodeWorkers:
         for attendant in self._attendants:
             attendant.start()
+        for attendant in self._attendants[:1]:
+            attendant.ready.wait()  # starting is not decoding, for those who measure
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -103,6 +105,7 @@ class _Attendant(threading.Thread):
         self._decoder = decoder
         self._timeout_seconds = row_timeout_seconds
         self._worker: WorkerProcess | None = None
+        self.ready = threading.Event()  # it works, or has failed
         self._held: deque[tuple[int, Row]] = deque()  # the first is the one in work
         self._num_sent = 0  # of them, to this worker
         self._since = 0.0  # when work on it began
@@ -111,6 +114,7 @@ class _Attendant(threading.Thread):
     def run(self) -> None:
         try:
             self._start_worker()
+            self.ready.set()
             while True:
                 self._step()
         except Closed:
@@ -118,6 +122,7 @@ class _Attendant(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
             self._exchange.fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         finally:
+            self.ready.set()
             self.kill_worker()
             if self._worker is not None:
                 self._worker.end()

@@ -20,7 +20,7 @@ from PIL import Image
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.fetch import Fetcher
 from diffusion_data.images import decode_image, open_image
-from diffusion_data.resize import ResizePlan, plan_resize
+from diffusion_data.resize import ResizePlan, plan_bucket, plan_resize
 from diffusion_data.video import decode_video
 
 _PILLOW_LIMIT_PIXELS = 178_956_970  # Pillow itself refuses more
@@ -71,6 +71,9 @@ class MediaConfig:
     short_side: int | None = 512
     """Pixels of the shorter side, rounded to the tokenizer's multiple; smaller media is enlarged. None keeps
     the size of each source and only crops it to the multiple."""
+    resize: str = "short_side"
+    """short_side keeps each source's aspect, but for rounding. buckets takes the nearest of a few sizes of about
+    equal area and crops what is in excess: then pictures of every shape fill batches."""
     fps: float | None = None
     """Frames a second that videos are resampled to, by timestamp. None takes every stored frame; a clip of
     variable frame rate then keeps its uneven steps."""
@@ -108,6 +111,10 @@ class MediaConfig:
         for name in ("short_side", "fps", "num_frames"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"media.{name} must be above 0 or null, got {getattr(self, name)}")
+        if self.resize not in ("short_side", "buckets"):
+            raise ValueError(f"media.resize is short_side or buckets, got {self.resize!r}")
+        if self.resize == "buckets" and self.short_side is None:
+            raise ValueError("media.resize=buckets needs media.short_side: the side of the square one")
         for name in ("fetch_timeout_seconds", "max_fetch_bytes", "max_pixels", "max_frames", "min_side"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"media.{name} must be above 0, got {getattr(self, name)}")
@@ -163,7 +170,7 @@ class MediaLoader:
             pixels, fps = _resample(pixels, fps, config.fps), config.fps
         pixels = self._trim(pixels)
         height, width = frames.height, frames.width
-        plan = plan_resize(height, width, config.short_side, self.size_multiple)
+        plan = self._plan_size(height, width)
         if (plan.height, plan.width) != (height, width):
             self._check_size(height, width)
             pixels = plan.apply(pixels)
@@ -197,7 +204,13 @@ class MediaLoader:
 
     def _plan(self, height: int, width: int) -> ResizePlan:
         self._check_size(height, width)
-        return plan_resize(height, width, self.config.short_side, self.size_multiple)
+        return self._plan_size(height, width)
+
+    def _plan_size(self, height: int, width: int) -> ResizePlan:
+        short_side = self.config.short_side
+        if self.config.resize == "buckets" and short_side is not None:
+            return plan_bucket(height, width, short_side, self.size_multiple)
+        return plan_resize(height, width, short_side, self.size_multiple)
 
     def _check_size(self, height: int, width: int) -> None:
         short, long = sorted((height, width))

@@ -9,14 +9,13 @@ torchrun starts one rank a GPU; the same command again finishes what is missing 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,15 @@ from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, library_versions, module_digest
-from diffusion_data.finish import Totals, finish_dataset, format_reasons, read_one_batch
+from diffusion_data.finish import Totals, finish_dataset, read_one_batch
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_server import start_process_server
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress
+from diffusion_data.progress import Progress
+from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
-from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder, resolve_process_func, takes_media
+from diffusion_data.row_decoder import RowDecoder, resolve_process_func, takes_media
 from diffusion_data.run_folder import RunFolder
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
@@ -47,9 +47,7 @@ from diffusion_data.stage_times import StageTimes
 from diffusion_data.summary import summary
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
-_REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
-_SECONDS_BETWEEN_COUNTS = 0.5
 
 # Options that decide whether a row's media can be had, but not what comes of it.
 _WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
@@ -78,36 +76,63 @@ def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: Sta
 
 
 def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, phases: StageTimes) -> Totals | None:
-    with phases.busy("start up"):
-        device = ranks.device(config.device)
-        _set_up_torch(device)
-        source = _open_source(config, ranks)
-        encoders = encoders or load_encoders(config, device)
-        shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-        output_dir = Path(config.output_dir)
-        if ranks.rank == 0:
-            folder = RunFolder(output_dir)
-            ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
-            todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
-            ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
-        plan = ranks.receive("plan")
-        ledger = Ledger(output_dir, plan["fingerprint"])
-        todo_shards = [shards[number] for number in plan["todo"]]
-        num_todo = sum(shard.num_rows for shard in todo_shards)
-    with phases.busy("encode"), Progress(ranks, source.num_rows, source.num_rows - num_todo):
-        if todo_shards:
-            _encode_shards(config, ranks, source, todo_shards, encoders, ShardWriter(output_dir, ledger))
-        ranks.publish(f"finished/{ranks.rank}", True)
-        if ranks.rank != 0:
-            return None
-        for rank in range(ranks.world_size):
-            ranks.receive(f"finished/{rank}", publisher=rank)
+    with ExitStack() as until_encoded:
+        with phases.busy("start up"):
+            job = _plan(config, ranks, encoders)
+            num_todo = sum(shard.num_rows for shard in job.todo)
+            if job.todo:
+                until_encoded.enter_context(closing(job.source))
+                workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
+        with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
+            if job.todo:
+                _encode_shards(config, ranks, job, workers)
+            ranks.publish(f"finished/{ranks.rank}", True)
+            if ranks.rank != 0:
+                return None
+            for rank in range(ranks.world_size):
+                ranks.receive(f"finished/{rank}", publisher=rank)
     with phases.busy("finish"):
-        empty_caption = encoders.text_encoder.encode([""])[0]
-        totals = finish_dataset(output_dir, ledger, shards, config.split_ratio, config.seed, empty_caption)
-        read_one_batch(output_dir, config.split_ratio)
+        empty_caption = job.encoders.text_encoder.encode([""])[0]
+        totals = finish_dataset(
+            Path(config.output_dir), job.ledger, job.shards, config.split_ratio, config.seed, empty_caption
+        )
+        read_one_batch(Path(config.output_dir), config.split_ratio)
     print(summary(config, totals, num_todo, phases.seconds()))
     return totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What every rank knows when it begins to encode; todo: the shards that aren't there yet."""
+
+    encoders: Encoders
+    source: ParquetSource
+    shards: list[Shard]
+    todo: list[Shard]
+    ledger: Ledger
+
+
+def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Job:
+    """Rank 0 opens the source and the output folder; the others are told what it found."""
+    device = ranks.device(config.device)
+    _set_up_torch(device)
+    source = _open_source(config, ranks)
+    encoders = encoders or load_encoders(config, device)
+    shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+    output_dir = Path(config.output_dir)
+    if ranks.rank == 0:
+        folder = RunFolder(output_dir)
+        ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
+        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
+        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+    plan = ranks.receive("plan")
+    return _Job(
+        encoders=encoders,
+        source=source,
+        shards=shards,
+        todo=[shards[number] for number in plan["todo"]],
+        ledger=Ledger(output_dir, plan["fingerprint"]),
+    )
 
 
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
@@ -232,28 +257,16 @@ def _fingerprint(
     }
 
 
-def _encode_shards(
-    config: PrepareConfig,
-    ranks: Ranks,
-    source: ParquetSource,
-    todo: list[Shard],
-    encoders: Encoders,
-    writer: ShardWriter,
-) -> None:
+def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
-    processors = max(1, usable_cpus() // ranks.local_world_size)
-    num_workers = processors if config.num_workers is None else config.num_workers
-    encode_threads = processors if config.encode_threads is None else config.encode_threads
-    decoder = _row_decoder(config, encoders.tokenizer)
-    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, config.batching, encode_threads)
-    rows = ((shard, row) for shard in _claimed(ranks, todo) for row in source.read_rows(shard.start, shard.stop))
-    with (
-        contextlib.closing(source),
-        DecodeWorkers(decoder, num_workers, config.row_timeout_seconds) as workers,
-        ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing,
-    ):
+    threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
+    pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
+    writer = ShardWriter(Path(config.output_dir), job.ledger)
+    shards = _claimed(ranks, job.todo)
+    rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry]] = deque()
-        results = _counted(workers.map(rows), ranks, config.max_reject_rate)
+        results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
             pending.append(writing.submit(_write, writer, encoded))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
@@ -272,44 +285,18 @@ def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
         ) from error
 
 
+def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
+    number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
+    return DecodeWorkers(_row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+
+
+def _share_of_processors(ranks: Ranks) -> int:
+    return max(1, usable_cpus() // ranks.local_world_size)
+
+
 def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
     while (number := ranks.claim("shards_claimed")) < len(todo):
         yield todo[number]
-
-
-def _counted(
-    results: Iterable[tuple[Shard, DecodedRow | RejectedRow]], ranks: Ranks, max_reject_rate: float
-) -> Iterator[tuple[Shard, DecodedRow | RejectedRow]]:
-    """Pass results on, counting them for all ranks; stops the run when too many rows are rejected.
-
-    Raises:
-        UserError: the share of rejected rows is above the limit.
-    """
-    reasons: Counter[str] = Counter()
-    done = rejected = 0
-    counted_at = time.monotonic()
-    for shard, result in results:
-        done += 1
-        if isinstance(result, RejectedRow):
-            rejected += 1
-            reasons[result.reason.value] += 1
-        if time.monotonic() - counted_at > _SECONDS_BETWEEN_COUNTS:
-            _count(ranks, done, rejected, reasons, max_reject_rate)
-            done = rejected = 0
-            counted_at = time.monotonic()
-        yield shard, result
-    _count(ranks, done, rejected, reasons, max_reject_rate)
-
-
-def _count(ranks: Ranks, done: int, rejected: int, reasons: Counter[str], max_reject_rate: float) -> None:
-    all_done = ranks.count(ROWS_DONE, done)
-    all_rejected = ranks.count(ROWS_REJECTED, rejected)
-    if all_done >= _REJECT_RATE_ROWS and all_rejected > max_reject_rate * all_done:
-        raise UserError(
-            f"max_reject_rate: {all_rejected} of {all_done} rows were rejected, more than {max_reject_rate:.0%} "
-            f"(on this rank: {format_reasons(dict(reasons.most_common()))}); mend the source or the recipe, "
-            "or raise max_reject_rate"
-        )
 
 
 def prepare_from_command_line(options: DictConfig) -> None:

@@ -8,10 +8,14 @@ when enlarging (`resampler()` tells which one runs).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+_BUCKET_STEPS = 8  # of a bucket's shorter side, from short_side down to half of it: aspects up to about 4
+_LONGEST_BUCKET = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,35 @@ def plan_resize(height: int, width: int, short_side: int | None, size_multiple: 
         height=target_height,
         width=target_width,
     )
+
+
+def plan_bucket(height: int, width: int, short_side: int, size_multiple: int) -> ResizePlan:
+    """As plan_resize, to the size of bucket_sizes whose aspect is nearest: more is cropped, and fewer shapes occur."""
+    aspect = math.log(width / height)
+    target_height, target_width = min(
+        bucket_sizes(short_side, size_multiple), key=lambda size: abs(math.log(size[1] / size[0]) - aspect)
+    )
+    scale = max(target_height / height, target_width / width)
+    return ResizePlan(
+        cover_height=max(target_height, round(height * scale)),
+        cover_width=max(target_width, round(width * scale)),
+        height=target_height,
+        width=target_width,
+    )
+
+
+@lru_cache(maxsize=8)
+def bucket_sizes(short_side: int, size_multiple: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of aspects from 1:4 to 4:1, all multiples, all of about the area of a square of short_side."""
+    side = _nearest(short_side, size_multiple)
+    step = max(_floor(side // _BUCKET_STEPS, size_multiple), size_multiple)
+    sizes = {(side, side)}
+    for shorter in range(side - step, 0, -step):
+        longer = _nearest(side * side / shorter, size_multiple)
+        if longer > _LONGEST_BUCKET * shorter:
+            break
+        sizes |= {(shorter, longer), (longer, shorter)}
+    return tuple(sorted(sizes))
 
 
 @lru_cache(maxsize=1)

@@ -62,7 +62,7 @@ class StageTimes:
 
     def cpu_seconds(self) -> dict[str, float]:
         """Of the stages that run on a CPU, without what they waited for."""
-        return _rounded({stage: seconds for stage, seconds in self._cpu_seconds.items() if seconds})
+        return _rounded({stage: each for stage, each in self._cpu_seconds.items() if each and stage not in WAITS})
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:
