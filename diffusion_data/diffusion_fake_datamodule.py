@@ -6,6 +6,7 @@ construction. Sample i of a seed is always the same, whatever the ranks, workers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +27,7 @@ from diffusion_data.latent_sample import (
 )
 from diffusion_data.parallel_ranks import DataParallel, data_parallel, gradient_accumulation_steps
 
-# A square picture, a wide one, and a clip of 33 frames, for a tokenizer that compresses by 8 x 8 x 8.
-LATENT_SHAPES = ((16, 1, 64, 64), (16, 1, 48, 80), (16, 5, 32, 32))
+_CHANNELS = 16
 _SPATIAL_COMPRESSION = _TEMPORAL_COMPRESSION = 8
 _CLIP_FPS = 24.0
 
@@ -172,7 +172,8 @@ class VideoLatentFakeDataModule(LightningDataModule):
     seq_length: patches each sample is padded to; None takes the longest of latent_shapes
     micro_batch_size, global_batch_size, num_workers, pin_memory, task_encoder: as in DiffusionDataModule
     use_train_split_for_val: validate on the training samples
-    latent_shapes: (C, T, H, W) to draw from; T = 1 is a picture
+    latent_shapes: (C, T, H, W) to draw from; T = 1 is a picture. None: a square picture, a wide one and a clip
+        that fit seq_length
     text_lengths: fewest and most tokens of a text
     text_embedding_dim: width of the text encoder that is imitated; 1024 is T5-11B's
     """
@@ -188,7 +189,7 @@ class VideoLatentFakeDataModule(LightningDataModule):
         use_train_split_for_val: bool = False,
         num_train_samples: int = 10_000,
         num_val_samples: int = 64,
-        latent_shapes: Sequence[Sequence[int]] = LATENT_SHAPES,
+        latent_shapes: Sequence[Sequence[int]] | None = None,
         text_lengths: Sequence[int] = (4, 80),
         text_embedding_dim: int = 1024,
         seed: int = 0,
@@ -196,6 +197,8 @@ class VideoLatentFakeDataModule(LightningDataModule):
         super().__init__()
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        if latent_shapes is None:
+            latent_shapes = self._shapes_that_fit(seq_length or self.task_encoder.seq_length or 2048)
         self.seq_length = self._fitting_length(seq_length, latent_shapes)
         self.task_encoder.seq_length = self.seq_length
         fewest, most = text_lengths
@@ -268,6 +271,17 @@ class VideoLatentFakeDataModule(LightningDataModule):
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
 
+    def _shapes_that_fit(self, seq_length: int) -> list[tuple[int, ...]]:
+        """A square picture, one twice as wide as high, and a square clip of 5 latent frames, as large as can be."""
+        spatial, temporal = self.task_encoder.patch_spatial, self.task_encoder.patch_temporal
+
+        def shape(patches: int, frames: int, aspect: int) -> tuple[int, ...]:
+            rows = math.isqrt(patches // (frames * aspect))
+            return (_CHANNELS, frames * temporal, rows * spatial, rows * aspect * spatial)
+
+        shapes = [shape(seq_length, 1, 1), shape(seq_length, 1, 2), shape(seq_length, 5, 1)]
+        return [each for each in shapes if min(each) > 0]
+
     def _fitting_length(self, asked: int | None, shapes: Sequence[Sequence[int]]) -> int:
         """seq_length; every shape has to fit, since a map-style dataset can't skip."""
         lengths = [self.task_encoder.sequence_length_of(shape) for shape in shapes]
@@ -278,6 +292,6 @@ class VideoLatentFakeDataModule(LightningDataModule):
         if longest > length:
             raise UserError(
                 f"a latent of latent_shapes becomes {longest} patches, more than seq_length={length}; "
-                "raise data.seq_length or choose smaller data.latent_shapes"
+                "raise seq_length or choose smaller latent_shapes"
             )
         return length

@@ -11,8 +11,8 @@ L = text_embedding_padding_size, E = width of the text encoder:
     seq_len_q           int32    (B,)        real patches
     seq_len_kv          int32    (B,)        real tokens
     latent_shape        int32    (B, 4)      (C, T, H, W)
-    image_size          bfloat16 (B, 4)      [h, w, h, w] in pixels
-    fps, num_frames     bfloat16 (B,)
+    image_size          float32  (B, 4)      [h, w, h, w] in pixels
+    fps, num_frames     float32  (B,)        float32, since bfloat16 can't tell 256 from 257 or 29.97 from 30
     __key__             list of B sample keys
 """
 
@@ -201,9 +201,9 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             "seq_len_q": patches_of,
             "seq_len_kv": tokens_of,
         }
-        batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.bfloat16)
-        batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.bfloat16)
-        batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.bfloat16)
+        batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.float32)
+        batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.float32)
+        batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.float32)
         batch["latent_shape"] = torch.tensor([s.latent_shape for s in samples], dtype=torch.int32)
         batch["__key__"] = [sample.__key__ for sample in samples]
         return batch

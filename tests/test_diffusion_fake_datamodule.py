@@ -107,6 +107,15 @@ def test_the_defaults_fit_together():
     assert batch["t5_text_embeddings"].shape == (1, 512, 1024)
 
 
+def test_without_shapes_pictures_and_a_clip_fit_any_seq_length():
+    assert VideoLatentFakeDataModule(seq_length=256).latent_shapes == [
+        (16, 1, 32, 32),
+        (16, 1, 22, 44),
+        (16, 5, 14, 14),
+    ]
+    assert VideoLatentFakeDataModule(seq_length=1).latent_shapes == [(16, 1, 2, 2)]
+
+
 def test_too_few_samples_and_unfit_batch_sizes_are_refused(monkeypatch):
     with pytest.raises(UserError, match="num_train_samples"):
         fake(num_train_samples=1).train_dataloader()

@@ -62,8 +62,8 @@ def test_a_picture_and_a_clip_make_one_batch_with_exact_values():
 
 def test_dtypes_are_those_of_the_contract():
     batch = batch_of(BasicDiffusionTaskEncoder(seq_length=8), tiny_sample(0))
-    bf16 = "video t5_text_embeddings t5_text_mask loss_mask image_size fps num_frames"
-    expected = dict.fromkeys(bf16.split(), torch.bfloat16)
+    expected = dict.fromkeys(["video", "t5_text_embeddings", "t5_text_mask", "loss_mask"], torch.bfloat16)
+    expected |= dict.fromkeys(["image_size", "fps", "num_frames"], torch.float32)
     expected |= dict.fromkeys(["seq_len_q", "seq_len_kv", "latent_shape"], torch.int32) | {"pos_ids": torch.int64}
     assert type(batch) is dict
     assert {name: value.dtype for name, value in batch.items() if name != "__key__"} == expected
