@@ -38,16 +38,20 @@ _WAITING_BATCHES = 8  # batches' worth of pixels of all shapes that may wait to 
 class BatchingConfig:
     """What is encoded at once; part of the fingerprint, since batching changes the low bits of a result.
 
-    pixels_per_batch: height x width x frames x samples; the default is 16 pictures of 512 x 512
+    pixels_per_batch: height x width x frames x samples; None is 16 pictures of 512 x 512 on a GPU, and 2 on a CPU,
+        which gains nothing by more and holds a batch for each of its threads
     tokens_per_batch: captions x longest caption; a GPU is busy from about 1,000 on
     """
 
-    pixels_per_batch: int = 16 * 512 * 512
+    pixels_per_batch: int | None = None
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        if self.pixels_per_batch < 1 or self.tokens_per_batch < 1:
+        if min(self.pixels_per_batch or 1, self.tokens_per_batch) < 1 or self.pixels_per_batch == 0:
             raise UserError("batching: pixels_per_batch and tokens_per_batch are at least 1")
+
+    def pixel_budget(self, device: torch.device) -> int:
+        return self.pixels_per_batch or (16 if device.type == "cuda" else 2) * 512 * 512
 
 
 class EncodePipeline:
@@ -65,6 +69,7 @@ class EncodePipeline:
     ) -> None:
         self.text_encoder = text_encoder
         self.batching = batching
+        self.pixel_budget = batching.pixel_budget(tokenizer.device)
         self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads)
 
     def run(self, results: Iterable[tuple[Shard, DecodedRow | RejectedRow]]) -> Iterator[EncodedShard]:
@@ -169,7 +174,7 @@ class _ShardEncoding:
         same_shape.append(entry)
         pixels = frames * height * width
         self._waiting_pixels += pixels
-        budget = self._pipeline.batching.pixels_per_batch
+        budget = self._pipeline.pixel_budget
         if (len(same_shape) + 1) * pixels > budget:
             self._encode(shape)
         elif self._waiting_pixels > _WAITING_BATCHES * budget:

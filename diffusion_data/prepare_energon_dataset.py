@@ -252,7 +252,10 @@ def _fingerprint(
             "dtype": str(text_encoder.dtype),
             "max_length": config.text_encoder.max_length,
         },
-        "batching": asdict(config.batching),
+        "batching": {
+            **asdict(config.batching),
+            "pixels_per_batch": config.batching.pixel_budget(tokenizer.device),
+        },
         "device": tokenizer.device.type,
     }
 

@@ -200,7 +200,12 @@ def ceilings(arguments: argparse.Namespace, encoders: Encoders, folder: Path) ->
     """Samples/s of each encoder on ready batches of the job's shapes, as many at a time as the job runs."""
     threads = usable_cpus() if arguments.encode_threads is None else arguments.encode_threads
     batching = job_config(arguments, folder / "job").batching
-    size = max(1, min(batching.pixels_per_batch // (arguments.pixels**2 * arguments.frames), arguments.rows))
+    size = max(
+        1,
+        min(
+            batching.pixel_budget(encoders.tokenizer.device) // (arguments.pixels**2 * arguments.frames), arguments.rows
+        ),
+    )
     rng = np.random.default_rng(0)
     shape = (arguments.frames, arguments.pixels, arguments.pixels, 3)
     frames = [rng.integers(0, 256, shape, np.uint8) for _ in range(size)]

@@ -163,3 +163,9 @@ def test_a_latent_that_is_not_finite_rejects_its_row_alone(
 def test_budgets_below_one_are_refused() -> None:
     with pytest.raises(UserError, match="pixels_per_batch and tokens_per_batch are at least 1"):
         BatchingConfig(pixels_per_batch=0)
+
+
+def test_the_budget_of_pixels_follows_from_the_kind_of_device_unless_given() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [BatchingConfig().pixel_budget(device) for device in (cpu, cuda)] == [2 * 512 * 512, 16 * 512 * 512]
+    assert [BatchingConfig(pixels_per_batch=7).pixel_budget(device) for device in (cpu, cuda)] == [7, 7]
