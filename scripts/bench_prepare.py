@@ -180,6 +180,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         metadata_columns=(),
         samples_per_shard=None,
         split_ratio=(1, 0, 0),
+        row_timeout_seconds=None,
         num_workers=arguments.num_workers,
         encode_threads=arguments.encode_threads,
         seed=0,
