@@ -98,12 +98,12 @@ def _random_t5(name: str, device: torch.device, dtype: torch.dtype | None) -> T5
 
 def _word_tokenizer() -> Any:
     """About 1.3 tokens a word, as T5's own has for English: long words are two."""
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
     pieces = ["<pad>", "</s>", "<unk>", "▁"]
     for word in _WORDS:
         pieces += [f"▁{word}"] if len(word) < 8 else [f"▁{word[:5]}", word[5:]]
-    return T5TokenizerFast(vocab=[(piece, -1.0) for piece in dict.fromkeys(pieces)], extra_ids=0)
+    return T5Tokenizer(vocab=[(piece, -1.0) for piece in dict.fromkeys(pieces)], extra_ids=0)
 
 
 def write_rows(path: Path, num_rows: int, material: Material) -> None:
