@@ -172,6 +172,6 @@ def _norm(norm: Any) -> nn.GroupNorm:
     """Statistics are each frame's own in any case, as long as there is one group."""
     if norm.num_groups != 1:
         raise ValueError(f"expected a norm of one group, got {norm.num_groups}")
-    copied = nn.GroupNorm(1, norm.norm.num_channels, norm.norm.eps)
+    copied = nn.GroupNorm(1, norm.norm.num_channels, norm.norm.eps, device=norm.norm.weight.device)
     copied.load_state_dict(norm.norm.state_dict())
     return copied.float()

@@ -161,7 +161,7 @@ def scale_pixels(frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 (B, T, H, W, 3) in [0, 255] -> dtype (B, 3, T, H, W) in [-1, 1]: one pass, computed in float32."""
     channels_first = frames.permute(0, 4, 1, 2, 3)
     pixels = torch.empty(channels_first.shape, dtype=dtype, device=frames.device)
-    return torch.add(torch.tensor(-1.0), channels_first, alpha=1 / 127.5, out=pixels)
+    return torch.add(torch.full((), -1.0, device=frames.device), channels_first, alpha=1 / 127.5, out=pixels)
 
 
 def hub_name(name: str) -> str:

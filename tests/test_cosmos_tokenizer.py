@@ -258,3 +258,15 @@ def test_a_repository_without_a_tokenizer_is_told(tmp_path: Path, monkeypatch: p
 def test_random_weights_need_a_known_variant() -> None:
     with pytest.raises(UserError, match="no such variant: CV1; there are CV8x8x8, CV4x8x8"):
         CosmosTokenizer.random_weights("CV1")
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_everything_is_on_the_tokenizers_device(num_frames: int) -> None:
+    """Torch's meta device stands for a GPU: a weight or a constant left on the CPU can't be mixed with it."""
+    tokenizer = CosmosTokenizer.random_weights("CV4x8x8", device="meta", dtype=torch.bfloat16)
+    for network in (tokenizer.network, tokenizer.picture_encoder):
+        assert {each.device.type for each in network.parameters()} == {"meta"}
+        assert {each.dtype for each in network.parameters()} == {torch.bfloat16}
+    latents = tokenizer.encode(torch.empty(2, num_frames, 64, 96, 3, dtype=torch.uint8, device="meta"))
+    assert (latents.shape, latents.dtype) == ((2, 16, 1 + num_frames // 4, 8, 12), torch.bfloat16)
+    assert tokenizer.decode(latents).shape == (2, num_frames, 64, 96, 3)
