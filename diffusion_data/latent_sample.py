@@ -95,7 +95,9 @@ class LatentSample:
         if not isinstance(metadata, Mapping):
             raise ValueError(f"{key}: expected a json object, got {type(metadata).__name__}")
         if latent.ndim == 4:
-            metadata = {**derived_metadata(latent, text), **metadata}
+            derived = derived_metadata(latent, text)  # also for what is there, but null
+            missing = {name: value for name, value in derived.items() if metadata.get(name) is None}
+            metadata = {**metadata, **missing}
         return cls(key=key, latent=latent, text_embedding=text, metadata=dict(metadata))
 
 

@@ -114,6 +114,16 @@ def test_a_sample_as_nemo_writes_it_loads() -> None:
     }
 
 
+def test_metadata_that_is_null_is_derived_like_what_is_missing() -> None:
+    parts = {
+        "pth": torch.ones(16, 1, 8, 12),
+        "pickle": np.ones((3, 4), np.float16),
+        "json": {"height": None, "fps": None},
+    }
+    metadata = LatentSample.from_parts("x", parts).metadata
+    assert (metadata["height"], metadata["width"], metadata["fps"]) == (64, 96, None)
+
+
 def test_a_missing_part_and_a_wrong_shape_name_the_key() -> None:
     with pytest.raises(ValueError, match=r"samples/x: no part 'pickle', only \['json', 'pth'\]"):
         LatentSample.from_parts("samples/x", {"pth": torch.zeros(16, 1, 2, 2), "json": {}})
