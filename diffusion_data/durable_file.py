@@ -45,7 +45,7 @@ def durable_file(final: Path) -> Iterator[HashingFile]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(final)
-    except BaseException:
+    except BaseException:  # raised again; an interrupt must not leave half a file either
         partial.unlink(missing_ok=True)
         raise
     _flush_folder(final.parent)

@@ -146,7 +146,7 @@ class ParquetSource:
             except GeneratorExit:  # whoever reads has had enough, maybe only for now
                 self._keep(reader)
                 raise
-            except BaseException:
+            except BaseException:  # raised again, once the file is closed
                 reader.close()
                 raise
             self._keep(reader)
