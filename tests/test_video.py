@@ -239,7 +239,10 @@ def test_file_cut_short_is_truncated(tmp_path: Path, suffix: str, codec: str, fa
     options = {"movflags": "faststart"} if faststart and suffix == "mp4" else {}
     path = write_video(tmp_path / f"a.{suffix}", 20, codec=codec, pictures=list(noise(20)), container_options=options)
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) * 6 // 10])
+    length = len(whole) * 6 // 10
+    if suffix == "ts" and length % 188 == 0:  # between two packets nothing tells that there were more
+        length += 1
+    path.write_bytes(whole[:length])
     assert reason(path) == Reason.truncated
 
 
