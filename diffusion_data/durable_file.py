@@ -51,7 +51,7 @@ def durable_file(final: Path) -> Iterator[HashingFile]:
     """
     partial = partial_name(final)
     try:
-        with partial.open("xb") as file:
+        with open(partial, "xb") as file:
             yield HashingFile(file)
             file.flush()
             os.fsync(file.fileno())

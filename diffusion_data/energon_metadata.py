@@ -77,8 +77,10 @@ def write_energon_metadata(
         _write_yaml(workshop / META_FOLDER / "split.yaml", {"exclude": [], "split_parts": splits})
         _write_yaml(workshop / META_FOLDER / "dataset.yaml", DATASET_YAML)
         _move_into_place(workshop, dataset, file_names)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)  # the next start clears what is left
+    except BaseException:  # raised again; the next start clears what can't be removed now
+        shutil.rmtree(workshop, ignore_errors=True)
+        raise
+    shutil.rmtree(workshop)
     return splits
 
 
