@@ -62,6 +62,7 @@ class PrepareConfig:
     encode_threads: batches encoded at a time on a CPU; None as num_workers
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
+    verify: what a restart compares of finished shards: "size", or "full", which is the checksum too
     """
 
     output_dir: str
@@ -75,11 +76,16 @@ class PrepareConfig:
     encode_threads: int | None
     seed: int
     max_reject_rate: float
+    verify: str
     media: MediaConfig
     tokenizer: TokenizerConfig
     text_encoder: TextEncoderConfig
     batching: BatchingConfig
     device: str
+
+    def __post_init__(self) -> None:
+        if self.verify not in ("size", "full"):
+            raise UserError(f"verify: expected size or full, got {self.verify!r}")
 
 
 def _torch_dtype(name: str, option: str) -> torch.dtype | None:

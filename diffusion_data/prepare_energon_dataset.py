@@ -27,6 +27,7 @@ from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
+from diffusion_data.durable_file import explained
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, library_versions, module_digest
@@ -40,6 +41,7 @@ from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
 from diffusion_data.row_decoder import RowDecoder, resolve_process_func, takes_media
 from diffusion_data.run_folder import RunFolder
+from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
 from diffusion_data.sources import ParquetSource, SourceFile
@@ -76,27 +78,36 @@ def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: Sta
 
 
 def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, phases: StageTimes) -> Totals | None:
-    with ExitStack() as until_encoded:
-        with phases.busy("start up"):
-            job = _plan(config, ranks, encoders)
-            num_todo = sum(shard.num_rows for shard in job.todo)
-            if job.todo:
-                until_encoded.enter_context(closing(job.source))
-                workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
-        with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
-            if job.todo:
-                _encode_shards(config, ranks, job, workers)
-            ranks.publish(f"finished/{ranks.rank}", True)
-            if ranks.rank != 0:
-                return None
-            for rank in range(ranks.world_size):
-                ranks.receive(f"finished/{rank}", publisher=rank)
-    with phases.busy("finish"):
-        empty_caption = job.encoders.text_encoder.encode([""])[0]
-        totals = finish_dataset(
-            Path(config.output_dir), job.ledger, job.shards, config.split_ratio, config.seed, empty_caption
-        )
-        read_one_batch(Path(config.output_dir), config.split_ratio)
+    output_dir = Path(config.output_dir)
+    with ExitStack() as until_finished:
+        with ExitStack() as until_encoded:
+            with phases.busy("start up"):
+                job = _plan(config, ranks, encoders, until_finished)
+                num_todo = sum(shard.num_rows for shard in job.todo)
+                if job.todo:
+                    until_encoded.enter_context(closing(job.source))
+                    workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
+            with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
+                if job.todo:
+                    _encode_shards(config, ranks, job, workers)
+                ranks.publish(f"finished/{ranks.rank}", True)
+                if ranks.rank != 0:
+                    return None
+                for rank in range(ranks.world_size):
+                    ranks.receive(f"finished/{rank}", publisher=rank)
+        with phases.busy("finish"), explained(output_dir):
+            job.lock.check()
+            empty_caption = job.encoders.text_encoder.encode([""])[0]
+            totals = finish_dataset(
+                output_dir,
+                job.ledger,
+                job.shards,
+                config.split_ratio,
+                config.seed,
+                empty_caption,
+                verify_full=config.verify == "full",
+            )
+            read_one_batch(output_dir, config.split_ratio)
     print(summary(config, totals, num_todo, phases.seconds()))
     return totals
 
@@ -110,20 +121,27 @@ class _Job:
     shards: list[Shard]
     todo: list[Shard]
     ledger: Ledger
+    lock: RunLock
 
 
-def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Job:
-    """Rank 0 opens the source and the output folder; the others are told what it found."""
+def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_finished: ExitStack) -> _Job:
+    """Rank 0 opens the source and the output folder; the others are told what it found.
+
+    The output folder is this run's alone `until_finished`.
+    """
     device = ranks.device(config.device)
     _set_up_torch(device)
     source = _open_source(config, ranks)
+    folder = RunFolder(Path(config.output_dir))
+    if ranks.rank == 0:
+        folder.check()
+    lock = until_finished.enter_context(run_lock(folder.output_dir, ranks))
     encoders = encoders or load_encoders(config, device)
     shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-    output_dir = Path(config.output_dir)
     if ranks.rank == 0:
-        folder = RunFolder(output_dir)
         ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
+        unfinished = folder.unfinished(shards, ledger, config.max_reject_rate, config.verify)
+        todo = [shard.number for shard in unfinished]
         ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
     return _Job(
@@ -131,7 +149,8 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Jo
         source=source,
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
-        ledger=Ledger(output_dir, plan["fingerprint"]),
+        ledger=Ledger(folder.output_dir, plan["fingerprint"]),
+        lock=lock,
     )
 
 
@@ -271,15 +290,16 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, encoded))
+            pending.append(writing.submit(_write, writer, job.lock, encoded))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
+def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard) -> LedgerEntry:
     try:
+        lock.check()
         return writer.write(encoded)
     except OSError as error:
         raise UserError(

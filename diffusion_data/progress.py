@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
 from diffusion_data.distributed import Ranks
+from diffusion_data.errors import UserError
 
 ROWS_DONE, ROWS_REJECTED = "rows_done", "rows_rejected"
 
@@ -45,10 +47,11 @@ class Progress:
             self._thread.join()
 
     def _show(self) -> None:
-        if self._stream.isatty():
-            self._show_bar()
-        else:
-            self._show_lines()
+        with suppress(UserError):  # the store is gone: the main thread will notice
+            if self._stream.isatty():
+                self._show_bar()
+            else:
+                self._show_lines()
 
     def _show_bar(self) -> None:
         with tqdm(

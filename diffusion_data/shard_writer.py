@@ -10,7 +10,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from diffusion_data.dataset_stats import DatasetStats
-from diffusion_data.durable_file import durable_file
+from diffusion_data.durable_file import durable_file, remove_file
 from diffusion_data.encode_pipeline import EncodedShard
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.row_decoder import RejectedRow
@@ -31,6 +31,7 @@ class ShardWriter:
         rejected: list[RejectedRow] = []
         written = 0
         encoded.wait()
+        self._ledger.remove(shard)
         times = encoded.record.times
         try:
             with times.busy("write"), durable_file(final) as file:
@@ -45,7 +46,7 @@ class ShardWriter:
                 if not written:
                     raise _NothingToWrite
         except _NothingToWrite:
-            final.unlink(missing_ok=True)  # of an earlier try, in which a row could still be fetched
+            remove_file(final)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
             shard=shard.number,
             start=shard.start,

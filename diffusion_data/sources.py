@@ -166,7 +166,7 @@ class ParquetSource:
             if kept.url == file.url and kept.comes_to(start):
                 return kept
             kept.close()
-        return ParquetReader(file.url, file.row_group_rows, start)
+        return ParquetReader(file.url, file.row_group_rows, start, file.num_bytes)
 
     def _keep(self, reader: ParquetReader) -> None:
         if self._closed or self._kept is not None or reader.next_row == reader.num_rows:

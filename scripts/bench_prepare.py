@@ -185,6 +185,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         encode_threads=arguments.encode_threads,
         seed=0,
         max_reject_rate=0.0,
+        verify="size",
         media=MediaConfig(short_side=arguments.pixels),
         tokenizer=TokenizerConfig(name=arguments.tokenizer),
         text_encoder=TextEncoderConfig(name=arguments.text_encoder),
