@@ -148,7 +148,7 @@ class _Values(dict[str, Any]):
     @staticmethod
     def _checked(column: str, value: Any) -> Any:
         if isinstance(value, BadCell):
-            raise RowRejected(Reason.decode_error, f"column {column!r}: {value.message}")
+            raise RowRejected(value.reason, f"column {column!r}: {value.message}")
         return value
 
 

@@ -220,13 +220,16 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
             num_bytes = file.seek(0, 2)
             file.seek(num_bytes - 8 - metadata.serialized_size)
             footer = file.read(metadata.serialized_size)
+            row_group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            if min(row_group_rows, default=0) < 0 or sum(row_group_rows) != metadata.num_rows:
+                raise ValueError(f"its footer says {metadata.num_rows} rows, its row groups {sum(row_group_rows)}")
     except Exception as error:  # pyarrow's, or the client library's of a URL's filesystem
         raise UserError(f"source.path: {url} is not a readable parquet file: {one_line(error)}") from error
     return SourceFile(
         url=url,
         name=posixpath.relpath(path, shared),
         num_bytes=num_bytes,
-        row_group_rows=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        row_group_rows=row_group_rows,
         columns=tuple(metadata.schema.to_arrow_schema().names),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
     )
