@@ -62,6 +62,10 @@ class PrepareConfig:
     encode_threads: batches encoded at a time on a CPU; None as num_workers
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
+    report: write run/report/index.html when the dataset is finished
+    plan: look at a few hundred rows, tell what the run would take and give, and write nothing
+    plan_gpus: ranks that it is told for; None for as many as were started
+    plan_price: of a rank's hour
     """
 
     output_dir: str
@@ -75,11 +79,19 @@ class PrepareConfig:
     encode_threads: int | None
     seed: int
     max_reject_rate: float
+    report: bool
+    plan: bool
+    plan_gpus: int | None
+    plan_price: float | None
     media: MediaConfig
     tokenizer: TokenizerConfig
     text_encoder: TextEncoderConfig
     batching: BatchingConfig
     device: str
+
+    def __post_init__(self) -> None:
+        if self.plan_gpus is not None and self.plan_gpus < 1:
+            raise UserError(f"plan_gpus: expected at least 1, or null, got {self.plan_gpus}")
 
 
 def _torch_dtype(name: str, option: str) -> torch.dtype | None:
