@@ -63,6 +63,10 @@ class PrepareConfig:
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
     verify: what a restart compares of finished shards: "size", or "full", which is the checksum too
+    report: write run/report/index.html when the dataset is finished
+    plan: look at a few hundred rows, tell what the run would take and give, and write nothing
+    plan_gpus: ranks that it is told for; None for as many as were started
+    plan_price: of a rank's hour
     """
 
     output_dir: str
@@ -77,6 +81,10 @@ class PrepareConfig:
     seed: int
     max_reject_rate: float
     verify: str
+    report: bool
+    plan: bool
+    plan_gpus: int | None
+    plan_price: float | None
     media: MediaConfig
     tokenizer: TokenizerConfig
     text_encoder: TextEncoderConfig
@@ -86,6 +94,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.verify not in ("size", "full"):
             raise UserError(f"verify: expected size or full, got {self.verify!r}")
+        if self.plan_gpus is not None and self.plan_gpus < 1:
+            raise UserError(f"plan_gpus: expected at least 1, or null, got {self.plan_gpus}")
 
 
 def _torch_dtype(name: str, option: str) -> torch.dtype | None:

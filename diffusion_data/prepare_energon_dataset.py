@@ -32,6 +32,8 @@ from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, library_versions, module_digest
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
+from diffusion_data.forecast import make_forecast
+from diffusion_data.forecast_text import Machines, forecast_text
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
@@ -44,6 +46,7 @@ from diffusion_data.run_folder import RunFolder
 from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
+from diffusion_data.source_frames import SourceFrames
 from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.stage_times import StageTimes
 from diffusion_data.summary import summary
@@ -64,7 +67,7 @@ class Encoders:
 
 
 def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: StageTimes | None = None) -> Totals | None:
-    """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others.
+    """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others, and after plan=true.
 
     encoders: ready ones instead of those that the config names
     phases: gets the seconds of "start up", "encode" and "finish"
@@ -74,6 +77,10 @@ def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: Sta
     """
     start_process_server()
     with Ranks.connect() as ranks:
+        if config.plan:
+            if ranks.rank == 0:
+                print(_forecast(config, ranks, encoders))
+            return None
         return _prepare(config, ranks, encoders, phases or StageTimes())
 
 
@@ -108,7 +115,9 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
                 verify_full=config.verify == "full",
             )
             read_one_batch(output_dir, config.split_ratio)
-    print(summary(config, totals, num_todo, phases.seconds()))
+        print(summary(config, totals, num_todo, phases.seconds()), flush=True)
+        if config.report and num_todo:
+            print(_write_report(config, job))
     return totals
 
 
@@ -151,6 +160,53 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_
         todo=[shards[number] for number in plan["todo"]],
         ledger=Ledger(folder.output_dir, plan["fingerprint"]),
         lock=lock,
+    )
+
+
+def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> str:
+    """What plan=true prints."""
+    device = ranks.device(config.device)
+    _set_up_torch(device)
+    with closing(_open_source(config, ranks)) as source:
+        encoders = encoders or load_encoders(config, device)
+        shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+        share = _share_of_processors(ranks)
+        machines = Machines(
+            num_ranks=config.plan_gpus or ranks.world_size,
+            num_workers=share if config.num_workers is None else config.num_workers,
+            threads=None if device.type == "cuda" else share,
+            price_per_hour=config.plan_price,
+        )
+        with _decode_workers(config, ranks, encoders.tokenizer) as workers:
+            forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
+    return forecast_text(forecast, shards, machines, config.text_encoder.max_length, config.max_reject_rate)
+
+
+def _write_report(config: PrepareConfig, job: _Job) -> str:
+    """A line on it. The dataset is finished, so nothing that goes wrong here may fail the job."""
+    from diffusion_data.report import write_report  # reads shards with what training reads them with
+    from diffusion_data.report_sheet import SheetOptions
+
+    try:
+        page = write_report(
+            Path(config.output_dir),
+            Path(config.output_dir) / "run" / "report",
+            lambda: _with_decoder(config, job.encoders.tokenizer),
+            lambda tokenizer: SourceFrames(job.source, row_decoder(config, tokenizer)),
+            SheetOptions(),
+        )
+    except Exception as error:  # noqa: BLE001 - see above
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"  no report, but the dataset is complete ({told}); scripts/report_dataset.py tries again"
+    return f"  report: {page}"
+
+
+def _with_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> CosmosTokenizer:
+    """The job's tokenizer if it can decode, else the same one loaded with its decoder."""
+    if tokenizer.network.decoder is not None:
+        return tokenizer
+    return CosmosTokenizer.from_pretrained(
+        config.tokenizer.name, config.tokenizer.cache_dir, tokenizer.device, tokenizer.dtype
     )
 
 
@@ -227,7 +283,7 @@ def _arguments(config: PrepareConfig) -> dict[str, Any]:
     return named | {name: value for each in variadic for name, value in bound.arguments[each].items()}
 
 
-def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
+def row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
     return RowDecoder(
         process_func=config.process_func["_target_"],
         arguments=_arguments(config),
@@ -310,7 +366,7 @@ def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard) -> LedgerE
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
     number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
-    return DecodeWorkers(_row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+    return DecodeWorkers(row_decoder(config, tokenizer), number, config.row_timeout_seconds)
 
 
 def _share_of_processors(ranks: Ranks) -> int:

@@ -121,6 +121,16 @@ class ParquetSource:
                         f"its columns are {', '.join(file.columns)}"
                     )
 
+    def row_group_start(self, row: int) -> int:
+        """The first row of the row group that holds `row`: from there on, nothing is decoded in vain."""
+        number = bisect.bisect_right(self._ends, row)
+        start = self._ends[number] - self.files[number].num_rows
+        for num_rows in self.files[number].row_group_rows:
+            if row < start + num_rows:
+                break
+            start += num_rows
+        return start
+
     def read_rows(self, start: int, stop: int) -> Iterator[Row]:
         """The rows of the global range [start, stop), in order.
 
