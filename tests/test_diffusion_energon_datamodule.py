@@ -124,15 +124,18 @@ def test_validation_is_one_pass_in_order_and_fresh_each_time(seven_and_three, nu
     assert len(passes[0]) == len(loader) == 2
 
 
-def test_ranks_validate_equally_many_batches(seven_and_three, monkeypatch):
-    seen = []
+def test_ranks_validate_equally_many_batches_and_every_sample_once(seven_and_three, monkeypatch):
+    batches = []
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
         loader = module(seven_and_three, global_batch_size=2).val_dataloader()
-        seen.append(flat(rows(loader)))
-        assert len(loader) == 2
-    assert [len(share) for share in seen] == [2, 2]
-    assert set(seen[0] + seen[1]) == {7, 8, 9}
+        batches.append(list(loader))
+        assert len(loader) == len(batches[-1]) == 2
+    assert sorted(flat(rows(batches[0] + batches[1]))) == [7, 8, 9]
+    (filler,) = [batch for batch in batches[0] + batches[1] if not batch["__key__"]]
+    assert filler["video"].shape == batches[0][0]["video"].shape
+    assert not filler["loss_mask"].any()
+    assert filler["t5_text_mask"].any()
 
 
 def test_validation_without_a_val_split(ten):

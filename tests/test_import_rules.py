@@ -12,21 +12,33 @@ import diffusion_data
 PACKAGE = Path(diffusion_data.__file__).parent
 ONLINE = {
     "array_pickle",
+    "batch_layout",
     "dataset_folder",
+    "dataset_source",
     "diffusion_energon_datamodule",
     "diffusion_fake_datamodule",
     "diffusion_sample",
+    "diffusion_stages",
     "diffusion_taskencoder",
     "energon_loaders",
+    "epoch_length",
     "epoch_shuffle",
+    "latent_scaling",
     "loader_state",
+    "packed_layout",
+    "packing",
     "parallel_ranks",
     "part_layouts",
+    "redistribution",
     "safe_decoder",
+    "sample_filters",
     "sample_reader",
     "sequence_packing",
     "shard_reader",
+    "shared_counts",
     "skip_counts",
+    "text_dropout",
+    "training_stream",
 }
 LOOKING_BACK = {"report", "report_facts", "report_html", "report_sheet", "spread_samples"}
 """They read finished datasets, which takes the online half, and the models that made them."""
