@@ -28,6 +28,7 @@ ONLINE = {
     "packing",
     "parallel_ranks",
     "part_layouts",
+    "pytest_plugin",
     "redistribution",
     "safe_decoder",
     "sample_filters",
@@ -36,6 +37,7 @@ ONLINE = {
     "shard_reader",
     "shared_counts",
     "skip_counts",
+    "testing",
     "text_dropout",
     "training_stream",
 }
