@@ -5,7 +5,7 @@ import torch
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.patchify import patchify
-from tests.test_diffusion_energon_datamodule import flat, module, rows, through_a_checkpoint
+from tests.datamodules import flat, module, rows, through_a_checkpoint
 from tests.test_diffusion_taskencoder import encode
 from tests.tiny_dataset import tiny_sample, write_dataset
 
@@ -131,8 +131,6 @@ def test_packed_batches_resume_at_the_next_one(mixed, num_workers):
         assert [batch["__key__"] for batch in rest] == [batch["__key__"] for batch in stream[done:]]
         for ours, theirs in zip(rest, stream[done:], strict=True):
             assert torch.equal(ours["video"], theirs["video"])
-        resumed.teardown()
-    reference.teardown()
 
 
 def test_packed_validation_is_the_same_each_time(mixed):
@@ -228,8 +226,6 @@ def test_bucketed_batches_resume_at_the_next_one(mixed, num_workers):
         resumed = module(mixed, **options, num_workers=num_workers)
         resumed.load_state_dict(states[done - 1])
         assert [batch["__key__"] for batch in resumed.train_dataloader()] == stream[done:]
-        resumed.teardown()
-    reference.teardown()
 
 
 def test_a_state_without_buckets_is_refused_with_them(mixed):
