@@ -54,6 +54,7 @@ class DiT(nn.Module):
         )
         # Always attended to: a caption without tokens (or dropped in training) still has something to look at.
         self.null_text = nn.Parameter(torch.randn(hidden_size) * 0.02)
+        self.text_pooling = nn.Linear(hidden_size, hidden_size)
         self.timestep_embedding = ScalarEmbedding(1, hidden_size)
         self.size_embedding = ScalarEmbedding(4, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -83,10 +84,10 @@ class DiT(nn.Module):
         hidden = self.patch_embedding(patches) + self._position_embedding(position_ids).to(patches.dtype)
         size = torch.stack([image_size[:, 0], image_size[:, 1], fps, num_frames], dim=1).float()
         condition = self.timestep_embedding(1000 * timesteps[:, None]) + self.size_embedding(size.log1p() * 100)
-        condition = F.silu(condition)
-
         embedded_text = self.text_embedding(text)
         embedded_text = layout.put_first(self.null_text.to(embedded_text.dtype), embedded_text)
+        condition = F.silu(condition + self.text_pooling(layout.pool(embedded_text)))
+
         for block in self.blocks:
             hidden = block(hidden, condition, embedded_text, layout)
 

@@ -75,6 +75,13 @@ class SampleARow:
         """text (B, L, F) with `token` (F,) before the text of each sample."""
         return torch.cat([token.expand(len(text), 1, -1), text], dim=1)
 
+    def pool(self, text: Tensor) -> Tensor:
+        """The mean (B, F) of each sample's text, made by `put_first`."""
+        if self.text_mask is None:
+            return text.mean(dim=1)
+        mask = F.pad(self.text_mask.to(text.dtype), (1, 0), value=1.0)[..., None]
+        return (text * mask).sum(dim=1) / mask.sum(dim=1)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of positions to those of their sample; all are (B, heads, S, features)."""
         mask = None if self.mask is None else self.mask.bool()[:, None, None, :]
@@ -106,6 +113,11 @@ class SamplesInOneRow:
     def put_first(self, token: Tensor, text: Tensor) -> Tensor:
         texts = text[0].split(list(self.text_lengths))
         return torch.cat(list(chain.from_iterable((token[None], each) for each in texts)))[None]
+
+    def pool(self, text: Tensor) -> Tensor:
+        """The mean (N, F) of each sample's text, made by `put_first`."""
+        texts = text[0].split([1 + length for length in self.text_lengths])
+        return torch.stack([each.mean(dim=0) for each in texts])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attend_by_sample(query, key, value, self.lengths, self.lengths)

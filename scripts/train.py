@@ -195,8 +195,10 @@ def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> s
 
 def _quieten_lightning() -> None:
     """Without what a user of this script can't act on: device inventories, tips, advice to its programmers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes to it
 
 
 def main() -> None:
