@@ -7,7 +7,8 @@ from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_fake_datamodule import VideoLatentFakeDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
-from tests.test_diffusion_energon_datamodule import Recorder, as_rank, flat, rows
+from tests.datamodules import as_rank, flat, rows
+from tests.test_diffusion_energon_datamodule import Recorder
 from tests.tiny_dataset import tiny_sample, write_dataset
 
 SHAPES = [(4, 1, 4, 4), (4, 3, 4, 4)]

@@ -11,21 +11,35 @@ import diffusion_data
 
 PACKAGE = Path(diffusion_data.__file__).parent
 ONLINE = {
+    "batch_layout",
     "dataset_folder",
+    "dataset_source",
     "diffusion_energon_datamodule",
     "diffusion_fake_datamodule",
     "diffusion_sample",
+    "diffusion_stages",
     "diffusion_taskencoder",
     "energon_loaders",
+    "epoch_length",
     "epoch_shuffle",
+    "latent_scaling",
     "loader_state",
+    "packed_layout",
+    "packing",
     "parallel_ranks",
     "part_layouts",
+    "pytest_plugin",
+    "redistribution",
     "safe_decoder",
+    "sample_filters",
     "sample_reader",
     "sequence_packing",
     "shard_reader",
+    "shared_counts",
     "skip_counts",
+    "testing",
+    "text_dropout",
+    "training_stream",
 }
 SHARED = {"assets", "command_line", "errors", "latent_sample", "patchify"}
 
