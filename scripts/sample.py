@@ -107,6 +107,7 @@ def _draw_batch(
         unconditional_text=unconditional.to(device),
         steps=options.steps,
         guidance=options.guidance,
+        sigma_data=trained.sigma_data,
         shape={name: values.to(device) for name, values in shape.items()},
     )
 

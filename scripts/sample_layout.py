@@ -34,10 +34,18 @@ def without_padding(batch: Batch) -> Batch:
     """The batch with less padding, or, if it was packed, with none; for a batch whose tensors are on the CPU.
 
     Adds `lengths` and `text_lengths`, lists of numbers, so that nobody has to ask the device for them; `joined`,
-    whether the samples now follow one another in one row; and `num_positions` that the loader gave.
+    whether the samples now follow one another in one row; and for who counts `num_samples`, `num_tokens` and
+    `num_positions`, real and in all, that the loader gave.
     """
     lengths, text_lengths = batch["seq_len_q"].tolist(), batch["seq_len_kv"].tolist()
-    known = {"lengths": lengths, "text_lengths": text_lengths, "num_positions": batch["loss_mask"].numel()}
+    counts_for_nothing = not batch["__key__"]  # fills the epoch of a rank that has fewer samples than others
+    known = {
+        "lengths": lengths,
+        "text_lengths": text_lengths,
+        "num_samples": len(batch["__key__"]),
+        "num_tokens": 0 if counts_for_nothing else sum(lengths),
+        "num_positions": batch["loss_mask"].numel(),
+    }
     if is_packed(batch):
         starts, text_starts = batch["cu_seqlens_q_padded"].tolist(), batch["cu_seqlens_kv_padded"].tolist()
         joined = {key: _join(batch[key], starts, lengths) for key in _POSITION_KEYS}

@@ -12,6 +12,7 @@ from torch import nn
 
 from diffusion_data.command_line import build_target
 from diffusion_data.errors import UserError
+from diffusion_data.latent_scaling import LatentScaling
 
 _PREFIXES = {"ema": "ema.model.", "trained": "model."}
 """Of the two sets of weights in a checkpoint's state dict."""
@@ -37,9 +38,15 @@ class TrainedModel:
     def patch_channels(self) -> int:
         return self.provenance["model"]["patch_channels"]
 
+    @property
+    def sigma_data(self) -> float:
+        return self.provenance["sigma_data"]
+
     def raw_latent(self, latent: torch.Tensor) -> torch.Tensor:
         """(C, T, H, W) as the network draws it -> as the tokenizer decodes it."""
-        return latent / self.provenance["sigma_data"]
+        latent = latent / self.sigma_data
+        scaling = self.provenance["latent_scaling"]
+        return latent if scaling is None else LatentScaling(**scaling).invert(latent)
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels (height, width); what isn't given is the dataset's most frequent size."""

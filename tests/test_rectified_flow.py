@@ -8,18 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_data.scripts.rectified_flow import draw
+from diffusion_data.scripts.rectified_flow import draw, linear_guess, velocity
 from diffusion_data.scripts.sample_layout import SampleARow
+
+SIGMA = 0.5
 
 
 class KnownFlow(nn.Module):
-    """The velocity towards data that is the mean of the sample's text, in all patches."""
+    """What `velocity` makes the velocity towards data that is the mean of the sample's text, in all patches."""
 
     def forward(self, patches: Tensor, timesteps: Tensor, *, layout: SampleARow, text: Tensor, **_: Any) -> Tensor:
         assert layout.text_mask is not None
         mask = layout.text_mask[..., None]
         target = ((text * mask).sum(1) / mask.sum(1))[:, None].expand_as(patches)
-        return (patches - target) / timesteps[:, None, None]
+        time = timesteps[:, None, None]
+        share, deviation = linear_guess(time, SIGMA)
+        return ((patches - target) / time - share * patches) / deviation
 
 
 def drawn(steps: int, guidance: float) -> Tensor:
@@ -33,6 +37,7 @@ def drawn(steps: int, guidance: float) -> Tensor:
         unconditional_text=torch.ones(5, 4),  # longer than the texts
         steps=steps,
         guidance=guidance,
+        sigma_data=SIGMA,
         shape={"fps": torch.tensor([30.0, 24.0])},
     )
 
@@ -50,3 +55,22 @@ def test_guidance_goes_beyond_the_text_away_from_the_empty_caption() -> None:
 
     torch.testing.assert_close(patches[0], torch.full((6, 4), 1 + 3 * (5.0 - 1)))
     torch.testing.assert_close(patches[1], torch.full((6, 4), 1 + 3 * (-2.0 - 1)))
+
+
+@pytest.mark.parametrize("time", [0.0, 0.3, 0.8, 1.0])
+def test_a_prediction_of_zero_is_the_best_linear_guess(time: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    data = SIGMA * torch.randn(1, 1000, 100, generator=random)
+    noise = torch.randn(1, 1000, 100, generator=random)
+    noisy, wanted = (1 - time) * data + time * noise, noise - data
+    guess = velocity(ZeroModel(), noisy, torch.tensor([time]), SIGMA, layout=SampleARow(None, None))
+
+    best = (wanted * noisy).sum() / noisy.square().sum()  # least squares
+    torch.testing.assert_close(guess, best * noisy, atol=0.02, rtol=0.02)
+    deviation = linear_guess(torch.tensor(time), SIGMA)[1]
+    assert (wanted - guess).std().item() == pytest.approx(deviation.item(), rel=0.02)
+
+
+class ZeroModel(nn.Module):
+    def forward(self, patches: Tensor, timesteps: Tensor, **_: Any) -> Tensor:
+        return torch.zeros_like(patches)

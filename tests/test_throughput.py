@@ -22,7 +22,7 @@ def one_batch(throughput: Throughput, clock: Clock, waiting: float, training: fl
     clock.now += waiting
     throughput.stop(FETCH)
     clock.now += training
-    throughput.count({"lengths": [6, 10], "num_positions": 40})
+    throughput.count({"num_samples": 2, "num_tokens": 16, "num_positions": 40})
     throughput.pause()
 
 
