@@ -38,7 +38,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    sigma_data: float  # what raw latents are multiplied by: datasets store them unscaled
+    sigma_data: float  # what latents, of a deviation of about 1, are multiplied by
 
 
 class DiffusionLightningModule(LightningModule):
@@ -97,7 +97,7 @@ class DiffusionLightningModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         model = self.ema.model if self.ema is not None and self.ema_options.validate else self.model
         loss = self._loss(model, batch, self._generator("val", batch_idx))
-        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch["lengths"]))
+        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=batch["num_samples"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.optimizer_options

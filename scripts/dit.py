@@ -1,4 +1,4 @@
-"""A compact diffusion transformer: noisy patches, timestep and caption embedding -> a velocity for every patch.
+"""A compact diffusion transformer: noisy patches, timestep and caption embedding -> a prediction for every patch.
 
     patches (B, S, P)  +  position ids (B, S, 3)          text (B, L, D)           timesteps, shape and fps
             │ linear + sin-cos of (t, h, w)                  │ linear, null token           │ MLP
@@ -6,7 +6,7 @@
         hidden (B, S, hidden_size) ──▶ depth × [ self-attention, cross-attention to text, MLP ] ◀─ adaLN-zero
             │ adaLN, zero-initialised linear
             ▼
-        velocity (B, S, P)
+        prediction (B, S, P), see rectified_flow.py
 
 Each sample has a noise level, shape and text of its own, whether it has a row to itself or shares one with others
 (see sample_layout.py). Positions see only those of their own sample, and padding changes nothing at the real ones.
@@ -52,8 +52,9 @@ class DiT(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.LayerNorm(text_embedding_dim), nn.Linear(text_embedding_dim, hidden_size)
         )
-        # Always attended to: a caption without tokens (or dropped in training) still has something to look at.
+        # Always attended to, so that a caption without tokens has something to look at.
         self.null_text = nn.Parameter(torch.randn(hidden_size) * 0.02)
+        self.text_pooling = nn.Linear(hidden_size, hidden_size)
         self.timestep_embedding = ScalarEmbedding(1, hidden_size)
         self.size_embedding = ScalarEmbedding(4, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -74,7 +75,7 @@ class DiT(nn.Module):
         fps: Tensor,
         num_frames: Tensor,
     ) -> Tensor:
-        """patches (B, S, P), timesteps (N,) from 0 (data) to 1 (noise) of the N samples -> velocity (B, S, P).
+        """patches (B, S, P), timesteps (N,) from 0 (data) to 1 (noise) of the N samples -> prediction (B, S, P).
 
         layout: how the N samples lie in the B rows.  position_ids: int64 (B, S, 3) of (t, h, w).
         text: (B, L, D).  image_size: (N, 4) of [h, w, h, w] pixels.  fps, num_frames: (N,).
@@ -83,10 +84,10 @@ class DiT(nn.Module):
         hidden = self.patch_embedding(patches) + self._position_embedding(position_ids).to(patches.dtype)
         size = torch.stack([image_size[:, 0], image_size[:, 1], fps, num_frames], dim=1).float()
         condition = self.timestep_embedding(1000 * timesteps[:, None]) + self.size_embedding(size.log1p() * 100)
-        condition = F.silu(condition)
-
         embedded_text = self.text_embedding(text)
         embedded_text = layout.put_first(self.null_text.to(embedded_text.dtype), embedded_text)
+        condition = F.silu(condition + self.text_pooling(layout.pool(embedded_text)))
+
         for block in self.blocks:
             hidden = block(hidden, condition, embedded_text, layout)
 

@@ -34,10 +34,18 @@ def without_padding(batch: Batch) -> Batch:
     """The batch with less padding, or, if it was packed, with none; for a batch whose tensors are on the CPU.
 
     Adds `lengths` and `text_lengths`, lists of numbers, so that nobody has to ask the device for them; `joined`,
-    whether the samples now follow one another in one row; and `num_positions` that the loader gave.
+    whether the samples now follow one another in one row; and for who counts `num_samples`, `num_tokens` and
+    `num_positions`, real and in all, that the loader gave.
     """
     lengths, text_lengths = batch["seq_len_q"].tolist(), batch["seq_len_kv"].tolist()
-    known = {"lengths": lengths, "text_lengths": text_lengths, "num_positions": batch["loss_mask"].numel()}
+    counts_for_nothing = not batch["__key__"]  # fills the epoch of a rank that has fewer samples than others
+    known = {
+        "lengths": lengths,
+        "text_lengths": text_lengths,
+        "num_samples": len(batch["__key__"]),
+        "num_tokens": 0 if counts_for_nothing else sum(lengths),
+        "num_positions": batch["loss_mask"].numel(),
+    }
     if is_packed(batch):
         starts, text_starts = batch["cu_seqlens_q_padded"].tolist(), batch["cu_seqlens_kv_padded"].tolist()
         joined = {key: _join(batch[key], starts, lengths) for key in _POSITION_KEYS}
@@ -75,6 +83,13 @@ class SampleARow:
         """text (B, L, F) with `token` (F,) before the text of each sample."""
         return torch.cat([token.expand(len(text), 1, -1), text], dim=1)
 
+    def pool(self, text: Tensor) -> Tensor:
+        """The mean (B, F) of each sample's text, made by `put_first`."""
+        if self.text_mask is None:
+            return text.mean(dim=1)
+        mask = F.pad(self.text_mask.to(text.dtype), (1, 0), value=1.0)[..., None]
+        return (text * mask).sum(dim=1) / mask.sum(dim=1)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of positions to those of their sample; all are (B, heads, S, features)."""
         mask = None if self.mask is None else self.mask.bool()[:, None, None, :]
@@ -106,6 +121,11 @@ class SamplesInOneRow:
     def put_first(self, token: Tensor, text: Tensor) -> Tensor:
         texts = text[0].split(list(self.text_lengths))
         return torch.cat(list(chain.from_iterable((token[None], each) for each in texts)))[None]
+
+    def pool(self, text: Tensor) -> Tensor:
+        """The mean (N, F) of each sample's text, made by `put_first`."""
+        texts = text[0].split([1 + length for length in self.text_lengths])
+        return torch.stack([each.mean(dim=0) for each in texts])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _attend_by_sample(query, key, value, self.lengths, self.lengths)

@@ -54,8 +54,8 @@ class Throughput(Profiler):
 
     def count(self, batch: Batch) -> None:
         """A batch, from `without_padding`, that was trained on."""
-        self.totals.samples += len(batch["lengths"])
-        self.totals.tokens += sum(batch["lengths"])
+        self.totals.samples += batch["num_samples"]
+        self.totals.tokens += batch["num_tokens"]
         self.totals.positions += batch["num_positions"]
 
     def pause(self) -> None:

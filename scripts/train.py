@@ -86,8 +86,9 @@ def train(config: DictConfig) -> None:
     seed_everything(options.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     datamodule = build_target(options.data, "data")
+    datamodule.setup("fit")  # what is wrong with the data is told before anything else is done
     model = build_target(options.model, "model")
-    provenance = provenance_of(options.model, options.data, datamodule.task_encoder, options.loss.sigma_data)
+    provenance = provenance_of(options.model, datamodule, options.loss.sigma_data)
     module = DiffusionLightningModule(model, options.loss, options.optimizer, options.ema, options.seed, provenance)
     throughput = Throughput()
     metrics = Metrics(output_dir, OmegaConf.to_yaml(config), options.trainer.log_every_n_steps, throughput)
@@ -96,7 +97,6 @@ def train(config: DictConfig) -> None:
     )
     trainer = _make_trainer(options.trainer, datamodule.gradient_accumulation_steps, [metrics, checkpoints], throughput)
 
-    datamodule.setup("fit")  # what is wrong with the data is told before anything is announced
     if trainer.is_global_zero:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f", from {ckpt_path}" if ckpt_path else ""
@@ -195,8 +195,10 @@ def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> s
 
 def _quieten_lightning() -> None:
     """Without what a user of this script can't act on: device inventories, tips, advice to its programmers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes to it
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from diffusion_data.scripts.diffusion_lightning_module import (
     DiffusionLightningModule,
     LossOptions,
     OptimizerOptions,
+    learning_rate_share,
 )
 from diffusion_data.scripts.dit import DiT
 from diffusion_data.scripts.ema import EmaOptions
@@ -95,7 +96,7 @@ def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -
 
     assert seen["output"].shape == (2, 6, PATCH_CHANNELS)
     assert torch.equal(seen["output"], torch.zeros(2, 6, PATCH_CHANNELS))
-    assert loss > 0.9  # the variance of the noise, and a quarter of the latents'
+    assert loss == pytest.approx(1, abs=0.15)  # as good as the best linear guess
 
 
 def test_blocks_are_the_identity_at_initialisation() -> None:
@@ -182,6 +183,16 @@ def test_trimming_leaves_out_only_what_is_padding_in_all_samples() -> None:
     assert trimmed["loss_mask"].sum() == batch["loss_mask"].sum()
     assert trimmed["t5_text_mask"].sum() == batch["t5_text_mask"].sum()
     assert (trimmed["lengths"], trimmed["text_lengths"], trimmed["num_positions"]) == ([6, 4], [3, 2], 200)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("constant", [0.25, 1.0, 1.0, 1.0, 1.0]), ("cosine", [0.25, 1.0, 0.55, 0.1, 0.1])],
+)
+def test_learning_rate_warms_up_and_then_follows_the_schedule(schedule: str, shares: list[float]) -> None:
+    options = optimizer_options(schedule=schedule, warmup_steps=4, decay_steps=24, final_learning_rate=1e-3)
+
+    assert [learning_rate_share(options, step) for step in (0, 4, 14, 24, 100)] == pytest.approx(shares)
 
 
 def test_wrong_widths_name_the_option() -> None:
