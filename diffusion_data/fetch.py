@@ -48,6 +48,8 @@ class Fetcher:
             timeout_seconds=config.fetch_timeout_seconds,
             max_bytes=config.max_fetch_bytes,
             retries=config.fetch_retries,
+            max_redirects=config.max_redirects,
+            max_connections_per_host=config.max_connections_per_host,
         )
 
     def open(self, reference: str) -> BinaryIO:

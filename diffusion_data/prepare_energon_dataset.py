@@ -38,7 +38,7 @@ from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
 from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
-from diffusion_data.row_decoder import RowDecoder, resolve_process_func, takes_media
+from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
 from diffusion_data.run_folder import RunFolder
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
@@ -50,7 +50,10 @@ from diffusion_data.t5_text_encoder import T5TextEncoder
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
 
 # Options that decide whether a row's media can be had, but not what comes of it.
-_WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
+_WAYS_TO_FETCH = (
+    "allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_redirects",
+    "max_connections_per_host", "max_fetch_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,15 +199,15 @@ def _arguments(config: PrepareConfig) -> dict[str, Any]:
     function = resolve_process_func(target)
     signature = inspect.signature(function)
     given = {name: value for name, value in config.process_func.items() if name != "_target_"}
-    media = {"media": None} if takes_media(function) else {}
+    ours = dict.fromkeys(handed_over(function))
     try:
-        bound = signature.bind({}, **given, **media)
+        bound = signature.bind({}, **given, **ours)
     except TypeError as error:
         raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
     bound.apply_defaults()
     row, *_ = bound.arguments
     variadic = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
-    named = {name: value for name, value in bound.arguments.items() if name not in (row, "media", *variadic)}
+    named = {name: value for name, value in bound.arguments.items() if name not in (row, *ours, *variadic)}
     return named | {name: value for each in variadic for name, value in bound.arguments[each].items()}
 
 
@@ -217,6 +220,7 @@ def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecode
         temporal_compression=tokenizer.temporal_compression,
         # A DiT cuts latents into patches of 2 x 2, so sides are multiples of two latent pixels.
         size_multiple=2 * tokenizer.spatial_compression,
+        empty_captions=config.empty_captions,
     )
 
 
@@ -243,6 +247,7 @@ def _fingerprint(
             "module_sha256": module_digest(resolve_process_func(config.process_func["_target_"])),
         },
         "metadata_columns": list(config.metadata_columns),
+        "empty_captions": config.empty_captions,
         "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
         "versions": library_versions(),
         "resampler": resampler(),
@@ -290,7 +295,8 @@ def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
     number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
-    return DecodeWorkers(_row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+    timeout_seconds = config.row_timeout_seconds if number else None  # in this process nothing can be stopped
+    return DecodeWorkers(_row_decoder(config, tokenizer), number, timeout_seconds)
 
 
 def _share_of_processors(ranks: Ranks) -> int:

@@ -70,6 +70,8 @@ def prepare_config(source: Path, output_dir: Path, **options: Any) -> PrepareCon
         "encode_threads": 0,
         "seed": 0,
         "max_reject_rate": 0.05,
+        "empty_captions": "reject",
+        "retry_rejected": None,
         "media": MediaConfig(short_side=48),
         "tokenizer": TokenizerConfig(name="tiny-cosmos"),
         "text_encoder": TextEncoderConfig(name="tiny-t5"),
