@@ -112,6 +112,18 @@ def test_only_regular_files_are_read_and_nothing_blocks(root: Path) -> None:
         assert reason("/dev/zero", root, allowed_roots=["/dev"]) == Reason.forbidden_path
 
 
+def test_files_of_the_kernel_are_forbidden_wherever_one_may_read(root: Path) -> None:
+    (root / "environment").symlink_to("/proc/self/environ")
+    for reference in (
+        "environment",
+        "/proc/self/environ",
+        "/proc/1/../self/mem",
+        "/proc/thread-self/root/proc/kmsg",
+        "/sys/kernel",
+    ):
+        assert reason(reference, root, allowed_roots=["/"]) == Reason.forbidden_path
+
+
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.EACCES, Reason.forbidden_path), (errno.EIO, Reason.fetch_error)]
 )
