@@ -13,10 +13,9 @@ import inspect
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
 from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
+from diffusion_data.retries import shards_that_gain
 from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
 from diffusion_data.run_folder import RunFolder
 from diffusion_data.shard_plan import Shard, plan_shards
@@ -82,10 +82,12 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
     with ExitStack() as until_encoded:
         with phases.busy("start up"):
             job = _plan(config, ranks, encoders)
-            num_todo = sum(shard.num_rows for shard in job.todo)
-            if job.todo:
+            if job.todo or job.retry:
                 until_encoded.enter_context(closing(job.source))
                 workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
+            if job.retry:
+                job = _with_retries(config, ranks, job, workers)
+            num_todo = sum(shard.num_rows for shard in job.todo)
         with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
             if job.todo:
                 _encode_shards(config, ranks, job, workers)
@@ -106,12 +108,17 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What every rank knows when it begins to encode; todo: the shards that aren't there yet."""
+    """What every rank knows when it begins to encode.
+
+    todo: shards that are to be made
+    retry: shards that are there, of which rejected rows are to be tried again
+    """
 
     encoders: Encoders
     source: ParquetSource
     shards: list[Shard]
     todo: list[Shard]
+    retry: list[Shard]
     ledger: Ledger
 
 
@@ -126,16 +133,31 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Jo
     if ranks.rank == 0:
         folder = RunFolder(output_dir)
         ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
-        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+        todo, retry = (
+            [shard.number for shard in some]
+            for some in folder.unfinished(shards, ledger, config.max_reject_rate, config.retry_rejected)
+        )
+        ranks.publish("plan", {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
     return _Job(
         encoders=encoders,
         source=source,
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
+        retry=[shards[number] for number in plan["retry"]],
         ledger=Ledger(output_dir, plan["fingerprint"]),
     )
+
+
+def _with_retries(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> _Job:
+    """With the shards to do, of those to retry, that can gain rows now."""
+    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers)
+    if ranks.rank == 0:
+        print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
+        if gaining:
+            RunFolder(Path(config.output_dir)).drop_metadata()
+    numbers = sorted(gaining.union(shard.number for shard in job.todo))
+    return replace(job, todo=[job.shards[number] for number in numbers])
 
 
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
@@ -270,27 +292,31 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
     pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
     writer = ShardWriter(Path(config.output_dir), job.ledger)
-    shards = _claimed(ranks, job.todo)
+    before = {shard.number: job.ledger.read(shard) for shard in job.retry}
+    shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, encoded))
+            pending.append(writing.submit(_write, writer, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
+def _write(writer: ShardWriter, encoded: EncodedShard, before: LedgerEntry | None) -> LedgerEntry:
     try:
-        return writer.write(encoded)
+        entry = writer.write(encoded, before)
     except OSError as error:
         raise UserError(
             f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
             "make room or mend the disk and run the same command again"
         ) from error
+    if entry is before:
+        print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
+    return entry
 
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
@@ -301,11 +327,6 @@ def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokeni
 
 def _share_of_processors(ranks: Ranks) -> int:
     return max(1, usable_cpus() // ranks.local_world_size)
-
-
-def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
-    while (number := ranks.claim("shards_claimed")) < len(todo):
-        yield todo[number]
 
 
 def prepare_from_command_line(options: DictConfig) -> None:

@@ -51,17 +51,27 @@ class RunFolder:
             raise UserError(f"output_dir: can't write to {self.output_dir}: {error}") from error
         return Ledger(self.output_dir, fingerprint_digest(fingerprint))
 
-    def unfinished(self, shards: Sequence[Shard], ledger: Ledger, max_reject_rate: float) -> list[Shard]:
-        """Shards without a valid ledger entry, and those that an outage of the network spoilt.
+    def unfinished(
+        self, shards: Sequence[Shard], ledger: Ledger, max_reject_rate: float, retry_rejected: str | None
+    ) -> tuple[list[Shard], list[Shard]]:
+        """Shards without a valid ledger entry; and those of which rejected rows are to be tried again: where an
+        outage of the network spoilt many, or, if asked for, any.
 
-        If there are any, the metadata of an earlier end goes.
+        If there are any of the first kind, the metadata of an earlier end goes.
         """
-        todo = []
+        todo, retry = [], []
         for shard in shards:
             entry = ledger.read(shard)
-            if entry is None or entry.retryable > max_reject_rate * shard.num_rows:
+            if entry is None:
                 todo.append(shard)
+            elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
+                retry.append(shard)
+        if todo:
+            self.drop_metadata()
+        return todo, retry
+
+    def drop_metadata(self) -> None:
+        """What is about to change must not look finished."""
         metadata = self.output_dir / META_FOLDER
-        if todo and metadata.exists():
+        if metadata.exists():
             shutil.rmtree(metadata)
-        return todo

@@ -23,8 +23,11 @@ class ShardWriter:
         self._output_dir = output_dir
         self._ledger = ledger
 
-    def write(self, encoded: EncodedShard) -> LedgerEntry:
-        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar."""
+    def write(self, encoded: EncodedShard, before: LedgerEntry | None = None) -> LedgerEntry:
+        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar.
+
+        before: of the same shard, made earlier; it stays, with its tar, unless only rows are gained
+        """
         shard = encoded.shard
         final = self._output_dir / shard.file_name
         stats = DatasetStats()
@@ -42,8 +45,13 @@ class ShardWriter:
                         tar.write({"__key__": sample.key, **sample.to_parts()})
                         stats.add(sample)
                         written += 1
+                if before is not None and not {row.row for row in rejected} < before.rejected_rows:
+                    raise _NothingGained
                 if not written:
                     raise _NothingToWrite
+        except _NothingGained:
+            assert before is not None
+            return before
         except _NothingToWrite:
             final.unlink(missing_ok=True)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
@@ -68,3 +76,7 @@ class ShardWriter:
 
 class _NothingToWrite(Exception):
     """Leaves `durable_file` without a file."""
+
+
+class _NothingGained(Exception):
+    """As _NothingToWrite; what is there stays."""
