@@ -171,6 +171,21 @@ def test_max_frames_rejects_instead_of_filling_the_memory(tmp_path: Path) -> Non
     assert loader(tmp_path, max_frames=11, num_frames=5).load("a.mp4").num_frames == 5
 
 
+def test_clips_shorter_than_asked_for_are_rejected_and_pictures_are_not(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 10)  # 9 after cutting to 1 + 4 k
+    assert loader(tmp_path, min_frames=9).load("a.mp4").num_frames == 9
+    assert reason("a.mp4", tmp_path, min_frames=10) == Reason.too_few_frames
+    assert reason("a.mp4", tmp_path, min_frames=9, fps=5) == Reason.too_few_frames  # counted after resampling
+    assert loader(min_frames=9).load(PNG).num_frames == 1
+    pixels = np.zeros((8, 64, 64, 3), np.uint8)
+    for clip in (frames(pixels, 8.0), frames(pixels), frames(pixels[:1], 8.0)):  # with a rate or several frames
+        with pytest.raises(
+            RowRejected, match=r"too_few_frames: [18] frames, cut to [15], less than media\.min_frames=9"
+        ):
+            loader(min_frames=9).conform(clip)
+    assert loader(min_frames=9).conform(frames(pixels[:1])).num_frames == 1
+
+
 def test_too_small_and_bad_aspect_are_judged_on_the_source(tmp_path: Path) -> None:
     small, wide = gradient(15, 40), gradient(20, 210)
     for picture in (small, encoded(Image.fromarray(small), "PNG")):
@@ -263,6 +278,21 @@ def test_lists_from_yaml_become_tuples() -> None:
 )
 def test_impossible_options_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"media.{next(iter(options))}"):
+        MediaConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_frames": 18, "num_frames": 17}, r"media\.min_frames=18 is more than media\.num_frames=17"),
+        ({"min_frames": 18, "max_frames": 17}, r"media\.min_frames=18 is more than media\.max_frames=17"),
+        ({"min_frames": 0}, r"media\.min_frames must be above 0"),
+        ({"max_redirects": -1}, r"media\.max_redirects must be 0 or more"),
+        ({"max_connections_per_host": 0}, r"media\.max_connections_per_host must be above 0"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         MediaConfig(**options)
 
 
