@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import Frames, MediaConfig, MediaLoader
 from tests.media_files import encoded, frame_numbers, gradient, write_video
+from tests.test_fetch import server  # noqa: F401 - a fixture
 
 RGB = gradient(64, 96)
 PNG = encoded(Image.fromarray(RGB), "PNG")
@@ -92,6 +94,39 @@ def test_every_kind_of_reference_gives_the_same_frames(tmp_path: Path, reference
 )
 def test_reject_reasons_are_exact(tmp_path: Path, reference: Any, expected: Reason) -> None:
     assert reason(reference, tmp_path) == expected
+
+
+@pytest.mark.parametrize("start", ["", "\n", "\ufeff", "ID3\0"])
+def test_what_names_other_files_or_urls_opens_none(tmp_path: Path, server: Any, start: str) -> None:  # noqa: F811
+    video = write_video(tmp_path / "secret.ts", 3)
+    for target in (
+        str(video),
+        video.as_uri(),
+        f"{server.url}/ok",
+        "pipe:0",
+        f"concat:{video}|{video}",
+        f"subfile,,:{video}",
+    ):
+        for text in (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n",
+            f"ffconcat version 1.0\nfile '{target}'\n",
+            f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>{target}</BaseURL></MPD>',
+            f"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\na=control:{target}\r\nm=video 5004 RTP/AVP 96\r\n",
+            f'<smil><body><video src="{target}"/></body></smil>',
+        ):
+            assert reason((start + text).encode(), tmp_path) in (Reason.not_media, Reason.unsupported_format)
+    assert server.requests == []
+
+
+def test_no_content_starts_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(args))
+    monkeypatch.setattr(os, "system", started.append)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    binary = b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + len(postscript).to_bytes(4, "little") + bytes(20)
+    for data in (postscript, binary + postscript, b"%PDF-1.4\n" + postscript, b"\n\n" + postscript):
+        assert reason(data) in (Reason.unsupported_format, Reason.not_media)
+    assert started == []
 
 
 def test_content_decides_what_a_file_is(tmp_path: Path) -> None:
