@@ -11,11 +11,11 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import HashStore, PrefixStore, Store
@@ -29,6 +29,8 @@ _SECONDS_OF_SILENCE = 300.0  # a rank may stand still for a minute, on a stuck d
 
 # Launchers other than torchrun would start as many independent jobs, all of them on the same output.
 _OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+Item = TypeVar("Item")
 
 
 class Ranks:
@@ -140,6 +142,11 @@ class Ranks:
     def claim(self, counter: str) -> int:
         """The next number, from 0, that no other rank was given."""
         return self.count(counter, 1) - 1
+
+    def claimed(self, items: Sequence[Item], counter: str) -> Iterator[Item]:
+        """This rank's share of items that all ranks go through together: whoever is free takes the next."""
+        while (number := self.claim(counter)) < len(items):
+            yield items[number]
 
     def count(self, counter: str, amount: int = 0) -> int:
         """Add to a shared counter; returns the total over all ranks."""

@@ -53,9 +53,13 @@ class LedgerEntry:
     stage_cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def retryable(self) -> int:
+    def retryable(self) -> list[int]:
         """Rejected rows that may succeed later."""
-        return sum(row["retryable"] for row in self.rejected)
+        return [row["row"] for row in self.rejected if row["retryable"]]
+
+    @property
+    def rejected_rows(self) -> set[int]:
+        return {row["row"] for row in self.rejected}
 
     def __post_init__(self) -> None:
         if self.stop - self.start != self.written + len(self.rejected):

@@ -58,7 +58,8 @@ class PrepareConfig:
     samples_per_shard: rows of a shard; None chooses by the number of rows
     split_ratio: weights of train, val, test; by shard
     num_workers: decode processes a rank; None shares the node's processors out, 0 decodes in line
-    row_timeout_seconds: longest that fetching and decoding one row may take; None sets no limit
+    row_timeout_seconds: longest that fetching and decoding one row may take; None sets no limit, nor can there be one
+        without decode processes
     encode_threads: batches encoded at a time on a CPU; None as num_workers
     seed: of the shuffle that spreads shards over splits
     max_reject_rate: share of rejected rows that stops the run
@@ -67,6 +68,8 @@ class PrepareConfig:
     plan: look at a few hundred rows, tell what the run would take and give, and write nothing
     plan_gpus: ranks that it is told for; None for as many as were started
     plan_price: of a rank's hour
+    empty_captions: reject rows whose caption is null or empty, or embed them as the empty text
+    retry_rejected: network tries rows again that were rejected for it, in shards that are finished; None doesn't
     """
 
     output_dir: str
@@ -85,6 +88,8 @@ class PrepareConfig:
     plan: bool
     plan_gpus: int | None
     plan_price: float | None
+    empty_captions: str
+    retry_rejected: str | None
     media: MediaConfig
     tokenizer: TokenizerConfig
     text_encoder: TextEncoderConfig
@@ -96,6 +101,12 @@ class PrepareConfig:
             raise UserError(f"verify: expected size or full, got {self.verify!r}")
         if self.plan_gpus is not None and self.plan_gpus < 1:
             raise UserError(f"plan_gpus: expected at least 1, or null, got {self.plan_gpus}")
+        if self.empty_captions not in ("reject", "embed"):
+            raise UserError(f"empty_captions: expected reject or embed, got {self.empty_captions!r}")
+        if self.retry_rejected not in ("network", None):
+            raise UserError(f"retry_rejected: expected network or null, got {self.retry_rejected!r}")
+        if self.row_timeout_seconds is not None and not self.row_timeout_seconds > 0:
+            raise UserError(f"row_timeout_seconds: expected more than 0 or null, got {self.row_timeout_seconds}")
 
 
 def _torch_dtype(name: str, option: str) -> torch.dtype | None:

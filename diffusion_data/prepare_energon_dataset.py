@@ -13,10 +13,9 @@ import inspect
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
 from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
-from diffusion_data.row_decoder import RowDecoder, resolve_process_func, takes_media
+from diffusion_data.retries import shards_that_gain
+from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
 from diffusion_data.run_folder import RunFolder
 from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
@@ -55,7 +55,10 @@ from diffusion_data.t5_text_encoder import T5TextEncoder
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
 
 # Options that decide whether a row's media can be had, but not what comes of it.
-_WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
+_WAYS_TO_FETCH = (
+    "allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_redirects",
+    "max_connections_per_host", "max_fetch_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +93,12 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
         with ExitStack() as until_encoded:
             with phases.busy("start up"):
                 job = _plan(config, ranks, encoders, until_finished)
-                num_todo = sum(shard.num_rows for shard in job.todo)
-                if job.todo:
+                if job.todo or job.retry:
                     until_encoded.enter_context(closing(job.source))
                     workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
+                if job.retry:
+                    job = _with_retries(config, ranks, job, workers)
+                num_todo = sum(shard.num_rows for shard in job.todo)
             with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
                 if job.todo:
                     _encode_shards(config, ranks, job, workers)
@@ -123,12 +128,17 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What every rank knows when it begins to encode; todo: the shards that aren't there yet."""
+    """What every rank knows when it begins to encode.
+
+    todo: shards that are to be made
+    retry: shards that are there, of which rejected rows are to be tried again
+    """
 
     encoders: Encoders
     source: ParquetSource
     shards: list[Shard]
     todo: list[Shard]
+    retry: list[Shard]
     ledger: Ledger
     lock: RunLock
 
@@ -149,15 +159,24 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_
     shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
     if ranks.rank == 0:
         ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
-        unfinished = folder.unfinished(shards, ledger, config.max_reject_rate, config.verify)
-        todo = [shard.number for shard in unfinished]
-        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+        todo, retry = (
+            [shard.number for shard in some]
+            for some in folder.unfinished(
+                shards,
+                ledger,
+                max_reject_rate=config.max_reject_rate,
+                retry_rejected=config.retry_rejected,
+                verify=config.verify,
+            )
+        )
+        ranks.publish("plan", {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
     return _Job(
         encoders=encoders,
         source=source,
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
+        retry=[shards[number] for number in plan["retry"]],
         ledger=Ledger(folder.output_dir, plan["fingerprint"]),
         lock=lock,
     )
@@ -208,6 +227,17 @@ def _with_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> CosmosTo
     return CosmosTokenizer.from_pretrained(
         config.tokenizer.name, config.tokenizer.cache_dir, tokenizer.device, tokenizer.dtype
     )
+
+
+def _with_retries(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> _Job:
+    """With the shards to do, of those to retry, that can gain rows now."""
+    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers)
+    if ranks.rank == 0:
+        print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
+        if gaining:
+            RunFolder(Path(config.output_dir)).drop_metadata()
+    numbers = sorted(gaining.union(shard.number for shard in job.todo))
+    return replace(job, todo=[job.shards[number] for number in numbers])
 
 
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
@@ -271,15 +301,15 @@ def _arguments(config: PrepareConfig) -> dict[str, Any]:
     function = resolve_process_func(target)
     signature = inspect.signature(function)
     given = {name: value for name, value in config.process_func.items() if name != "_target_"}
-    media = {"media": None} if takes_media(function) else {}
+    ours = dict.fromkeys(handed_over(function))
     try:
-        bound = signature.bind({}, **given, **media)
+        bound = signature.bind({}, **given, **ours)
     except TypeError as error:
         raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
     bound.apply_defaults()
     row, *_ = bound.arguments
     variadic = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
-    named = {name: value for name, value in bound.arguments.items() if name not in (row, "media", *variadic)}
+    named = {name: value for name, value in bound.arguments.items() if name not in (row, *ours, *variadic)}
     return named | {name: value for each in variadic for name, value in bound.arguments[each].items()}
 
 
@@ -292,6 +322,7 @@ def row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder
         temporal_compression=tokenizer.temporal_compression,
         # A DiT cuts latents into patches of 2 x 2, so sides are multiples of two latent pixels.
         size_multiple=2 * tokenizer.spatial_compression,
+        empty_captions=config.empty_captions,
     )
 
 
@@ -318,6 +349,7 @@ def _fingerprint(
             "module_sha256": module_digest(resolve_process_func(config.process_func["_target_"])),
         },
         "metadata_columns": list(config.metadata_columns),
+        "empty_captions": config.empty_captions,
         "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
         "versions": library_versions(),
         "resampler": resampler(),
@@ -340,42 +372,42 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
     pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
     writer = ShardWriter(Path(config.output_dir), job.ledger)
-    shards = _claimed(ranks, job.todo)
+    before = {shard.number: job.ledger.read(shard) for shard in job.retry}
+    shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, job.lock, encoded))
+            pending.append(writing.submit(_write, writer, job.lock, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard) -> LedgerEntry:
+def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard, before: LedgerEntry | None) -> LedgerEntry:
     try:
         lock.check()
-        return writer.write(encoded)
+        entry = writer.write(encoded, before)
     except OSError as error:
         raise UserError(
             f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
             "make room or mend the disk and run the same command again"
         ) from error
+    if entry is before:
+        print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
+    return entry
 
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
     number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
-    return DecodeWorkers(row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+    timeout_seconds = config.row_timeout_seconds if number else None  # in this process nothing can be stopped
+    return DecodeWorkers(row_decoder(config, tokenizer), number, timeout_seconds)
 
 
 def _share_of_processors(ranks: Ranks) -> int:
     return max(1, usable_cpus() // ranks.local_world_size)
-
-
-def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
-    while (number := ranks.claim("shards_claimed")) < len(todo):
-        yield todo[number]
 
 
 def prepare_from_command_line(options: DictConfig) -> None:

@@ -69,13 +69,20 @@ class RunFolder:
         return Ledger(self.output_dir, fingerprint_digest(fingerprint))
 
     def unfinished(
-        self, shards: Sequence[Shard], ledger: Ledger, max_reject_rate: float, verify: str = "size"
-    ) -> list[Shard]:
-        """Shards without a valid ledger entry, and those that an outage of the network spoilt.
+        self,
+        shards: Sequence[Shard],
+        ledger: Ledger,
+        *,
+        max_reject_rate: float,
+        retry_rejected: str | None,
+        verify: str,
+    ) -> tuple[list[Shard], list[Shard]]:
+        """Shards that are not there as the ledger tells; and those of which rejected rows are to be tried again:
+        where an outage of the network spoilt many, or, if asked for, any.
 
         verify: "size" compares each tar's size with the ledger's, "full" its checksum too
 
-        If there are any, the metadata of an earlier end goes.
+        If there are any of the first kind, the metadata of an earlier end goes.
 
         Raises:
             UserError: there are shards of something else.
@@ -84,16 +91,22 @@ class RunFolder:
         with explained(self.output_dir):
             entries = {shard.number: ledger.read(shard) for shard in shards}
             damaged = _damaged(ledger, entries.values()) if verify == "full" else set()
-            todo = []
+            todo, retry = [], []
             for shard in shards:
                 entry = entries[shard.number]
-                if entry is None or shard.number in damaged or entry.retryable > max_reject_rate * shard.num_rows:
+                if entry is None or shard.number in damaged:
                     todo.append(shard)
+                elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
+                    retry.append(shard)
             if todo:
-                remove_energon_metadata(self.output_dir)
+                self.drop_metadata()
             for number in damaged:
                 ledger.remove(shards[number])
-        return todo
+        return todo, retry
+
+    def drop_metadata(self) -> None:
+        """What is about to change must not look finished."""
+        remove_energon_metadata(self.output_dir)
 
 
 def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:

@@ -23,15 +23,17 @@ class ShardWriter:
         self._output_dir = output_dir
         self._ledger = ledger
 
-    def write(self, encoded: EncodedShard) -> LedgerEntry:
-        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar."""
+    def write(self, encoded: EncodedShard, before: LedgerEntry | None = None) -> LedgerEntry:
+        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar.
+
+        before: of the same shard, made earlier; it stays, with its tar, unless only rows are gained
+        """
         shard = encoded.shard
         final = self._output_dir / shard.file_name
         stats = DatasetStats()
         rejected: list[RejectedRow] = []
         written = 0
         encoded.wait()
-        self._ledger.remove(shard)
         times = encoded.record.times
         try:
             with times.busy("write"), durable_file(final) as file:
@@ -43,9 +45,16 @@ class ShardWriter:
                         tar.write({"__key__": sample.key, **sample.to_parts()})
                         stats.add(sample)
                         written += 1
+                if before is not None and not {row.row for row in rejected} < before.rejected_rows:
+                    raise _NothingGained
                 if not written:
                     raise _NothingToWrite
+                self._ledger.remove(shard)  # an earlier entry could be taken for one of the new tar
+        except _NothingGained:
+            assert before is not None
+            return before
         except _NothingToWrite:
+            self._ledger.remove(shard)
             remove_file(final)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
             shard=shard.number,
@@ -69,3 +78,7 @@ class ShardWriter:
 
 class _NothingToWrite(Exception):
     """Leaves `durable_file` without a file."""
+
+
+class _NothingGained(Exception):
+    """As _NothingToWrite; what is there stays."""

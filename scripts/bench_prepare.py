@@ -184,6 +184,8 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         num_workers=arguments.num_workers,
         encode_threads=arguments.encode_threads,
         seed=0,
+        empty_captions="reject",
+        retry_rejected=None,
         max_reject_rate=0.0,
         verify="size",
         report=False,

@@ -75,6 +75,8 @@ def prepare_config(source: Path, output_dir: Path, **options: Any) -> PrepareCon
         "plan": False,
         "plan_gpus": None,
         "plan_price": None,
+        "empty_captions": "reject",
+        "retry_rejected": None,
         "media": MediaConfig(short_side=48),
         "tokenizer": TokenizerConfig(name="tiny-cosmos"),
         "text_encoder": TextEncoderConfig(name="tiny-t5"),

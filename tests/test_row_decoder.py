@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_data.errors import Reason, RowRejected
+from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.media import Frames, MediaConfig
 from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample
@@ -70,3 +70,17 @@ def test_a_cell_that_could_not_be_read_rejects_its_row_only_where_it_is_used() -
     for rejected in (decode(("kept",), kept=bad), decode(caption=bad)):
         assert rejected.reason is Reason.decode_error
         assert "'utf-8' codec can't decode byte 0xff" in rejected.message
+
+
+def test_a_number_of_frames_that_the_tokenizer_cuts_below_the_least_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"media\.min_frames=16: media\.num_frames=16 leaves only 13 frames, 1 \+ k \* 4"
+    ):
+        RowDecoder(
+            process_func=f"{__name__}.process",
+            arguments={},
+            metadata_columns=(),
+            media=MediaConfig(num_frames=16, min_frames=16),
+            temporal_compression=4,
+            size_multiple=16,
+        )
