@@ -33,10 +33,9 @@ class BadCell:
 class ParquetReader:
     """An open file, whose rows are read forwards only, from the row group of `start` on."""
 
-    def __init__(self, url: str, row_group_rows: Sequence[int], start: int, num_bytes: int) -> None:
+    def __init__(self, url: str, row_group_rows: Sequence[int], start: int) -> None:
         self.url = url
         self.num_rows = sum(row_group_rows)
-        self._num_bytes = num_bytes
         self._group_rows = row_group_rows
         self._group_ends = list(accumulate(row_group_rows))
         group = bisect.bisect_right(self._group_ends, start)
@@ -52,8 +51,8 @@ class ParquetReader:
             raise self._error(error) from error
         try:
             parquet = pq.ParquetFile(self._opened, pre_buffer=False, buffer_size=buffer_bytes)
+            self.num_rows_now, self.num_bytes_now = parquet.metadata.num_rows, self._opened.seek(0, 2)
             groups = list(range(group, parquet.num_row_groups))
-            self._num_rows_now = parquet.metadata.num_rows
             self._batches = parquet.iter_batches(batch_size=_ROWS_PER_READ, row_groups=groups)
         except BaseException as error:
             self.close()
@@ -82,13 +81,11 @@ class ParquetReader:
 
     def _read_batch(self) -> None:
         try:
-            num_bytes = self._opened.seek(0, 2)
-            batch = next(self._batches, None) if num_bytes == self._num_bytes else None
+            batch = next(self._batches, None)
         except Exception as error:  # pyarrow's, or the client library's of a URL's filesystem
             raise self._error(error) from error
         if batch is None:
-            now = f"only {self._num_rows_now} rows" if self._num_rows_now < self.num_rows else f"{num_bytes} bytes"
-            raise UserError(f"source.path: {self.url} has changed: it has {now} now")
+            raise UserError(f"source.path: {self.url} has changed: it has only {self._batch_end} rows now")
         self._batch, self._batch_start = batch, self._batch_end
         self._batch_end += len(batch)
 
