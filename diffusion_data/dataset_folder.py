@@ -37,10 +37,15 @@ class DatasetFolder:
     """What a checked dataset holds."""
 
     path: EPath
-    samples: dict[str, int]
-    """Samples of each split."""
+    shards: dict[str, dict[str, int]]
+    """Samples of each shard of each split."""
     identity: str
     """Equal for a copy of the dataset elsewhere, different for another dataset."""
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {name: sum(counts.values()) for name, counts in self.shards.items()}
 
 
 def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
@@ -69,7 +74,7 @@ def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
     _check_shards(root, shards, counts)
     return DatasetFolder(
         path=root,
-        samples={name: sum(counts[shard] for shard in listed) for name, listed in shards.items()},
+        shards={name: {shard: counts[shard] for shard in listed} for name, listed in shards.items()},
         identity=_identity(root, shards, counts),
     )
 

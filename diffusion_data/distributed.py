@@ -70,7 +70,8 @@ class Ranks:
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             store=store,
         )
-        ranks._join_this_start()
+        with _lost_store_explained():
+            ranks._join_this_start()
         return ranks
 
     def _join_this_start(self) -> None:
@@ -89,10 +90,11 @@ class Ranks:
 
     def _answer(self, common: Store, prefix: str) -> None:
         answered = 0
-        while not self._ended.wait(_POLL_SECONDS):
-            while answered < common.add("questions", 0) and common.check([f"question/{answered + 1}"]):
-                answered += 1
-                common.set(f"answer/{common.get(f'question/{answered}').decode()}", prefix)
+        with suppress(torch.distributed.DistError):  # the store is gone: the main thread will notice
+            while not self._ended.wait(_POLL_SECONDS):
+                while answered < common.add("questions", 0) and common.check([f"question/{answered + 1}"]):
+                    answered += 1
+                    common.set(f"answer/{common.get(f'question/{answered}').decode()}", prefix)
 
     def __enter__(self) -> Ranks:
         self._run_until_end(self._beat)

@@ -74,6 +74,22 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def read_entry(path: Path) -> LedgerEntry:
+    """The entry in that file.
+
+    Raises:
+        ValueError: it is torn or altered, or none of ours.
+        OSError: it can't be read.
+    """
+    try:
+        fields = json.loads(read_plain_file(path))
+        if fields.pop("digest") == _digest(fields):
+            return LedgerEntry(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is torn, or none of ours ({type(error).__name__})") from error
+    raise ValueError(f"{path} was altered")
+
+
 def ledger_folder(output_dir: Path) -> Path:
     return output_dir / "run" / "ledger"
 
@@ -100,11 +116,8 @@ class Ledger:
         if size_of_plain_file(path) is None:
             return None
         try:
-            fields = json.loads(read_plain_file(path))
-            if fields.pop("digest") != _digest(fields):
-                return None
-            entry = LedgerEntry(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):  # torn or not ours: its shard is made anew
+            entry = read_entry(path)
+        except ValueError:  # its shard is made anew
             return None
         if (entry.start, entry.stop, entry.fingerprint) != (shard.start, shard.stop, self.fingerprint):
             return None

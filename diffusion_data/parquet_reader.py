@@ -39,10 +39,9 @@ class BadCell:
 class ParquetReader:
     """An open file, whose rows are read forwards only, from the row group of `start` on."""
 
-    def __init__(self, url: str, row_group_rows: Sequence[int], start: int, num_bytes: int) -> None:
+    def __init__(self, url: str, row_group_rows: Sequence[int], start: int) -> None:
         self.url = url
         self.num_rows = sum(row_group_rows)
-        self._num_bytes = num_bytes
         self._group_rows = row_group_rows
         self._group_ends = list(accumulate(row_group_rows))
         self.next_row = self._group_start(start)
@@ -64,6 +63,7 @@ class ParquetReader:
                 buffer_size=buffer_bytes,
                 page_checksum_verification=True,  # of files that have checksums
             )
+            self.num_rows_now, self.num_bytes_now = self._parquet.metadata.num_rows, self._file.size
         except BaseException as error:
             self.close()
             if isinstance(error, _UNDECODABLE):
@@ -90,7 +90,6 @@ class ParquetReader:
         self._opened.close()
 
     def _read_batch(self) -> None:
-        self._check_unchanged()
         number = bisect.bisect_right(self._group_ends, self._batch_end)
         if self._group is None or self._group.number != number:
             self._group = self._row_group(number)
@@ -100,18 +99,6 @@ class ParquetReader:
             raise self._error(error) from error
         self._batch_start = self._batch_end
         self._batch_end += self._batch.num_rows
-
-    def _check_unchanged(self) -> None:
-        """Also while it is open: a file that is written over in place may decode to other rows."""
-        num_rows = self._parquet.metadata.num_rows
-        if num_rows < self.num_rows:
-            raise UserError(f"source.path: {self.url} has changed: it has only {num_rows} rows now")
-        try:
-            num_bytes = self._opened.seek(0, os.SEEK_END)
-        except Exception as error:  # the client library's of a URL's filesystem
-            raise self._error(error) from error
-        if num_bytes != self._num_bytes:
-            raise UserError(f"source.path: {self.url} has changed: it has {num_bytes} bytes now")
 
     def _row_group(self, number: int) -> _RowGroup:
         if self._parquet.metadata.row_group(number).num_rows != self._group_rows[number]:
@@ -223,7 +210,7 @@ class _WatchedFile(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self.trouble: Exception | None = None
         self._file = file
-        self._size = file.seek(0, os.SEEK_END)
+        self.size = file.seek(0, os.SEEK_END)
         file.seek(0)
 
     def readable(self) -> bool:
@@ -240,7 +227,7 @@ class _WatchedFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         try:
-            expected = max(0, self._size - self._file.tell())
+            expected = max(0, self.size - self._file.tell())
             expected = expected if size < 0 else min(size, expected)
             content = self._file.read(size)
             if len(content) < expected:

@@ -87,11 +87,12 @@ class RunLock:
             os.write(self._file, json.dumps(asdict(Holder.me(rank))).encode())
             os.fsync(self._file)
             partial.rename(self._path)  # seen only now that it is locked
+            flush_folder(folder)
         except BaseException:  # raised again
             os.close(self._file)
-            partial.unlink(missing_ok=True)
+            for path in (partial, self._path):
+                path.unlink(missing_ok=True)
             raise
-        flush_folder(folder)
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
 

@@ -176,7 +176,13 @@ class ParquetSource:
             if kept.url == file.url and kept.comes_to(start):
                 return kept
             kept.close()
-        return ParquetReader(file.url, file.row_group_rows, start, file.num_bytes)
+        reader = ParquetReader(file.url, file.row_group_rows, start)
+        if reader.num_bytes_now != file.num_bytes:
+            reader.close()
+            fewer = reader.num_rows_now < file.num_rows
+            now = f"only {reader.num_rows_now} rows" if fewer else f"{reader.num_bytes_now} bytes"
+            raise UserError(f"source.path: {file.url} has changed: it has {now} now, and had others when the run began")
+        return reader
 
     def _keep(self, reader: ParquetReader) -> None:
         if self._closed or self._kept is not None or reader.next_row == reader.num_rows:
