@@ -11,6 +11,7 @@ import diffusion_data
 
 PACKAGE = Path(diffusion_data.__file__).parent
 ONLINE = {
+    "array_pickle",
     "dataset_folder",
     "diffusion_energon_datamodule",
     "diffusion_fake_datamodule",
