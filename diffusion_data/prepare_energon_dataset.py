@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from diffusion_data.busy_shares import BusyShares
 from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
@@ -151,11 +152,10 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
     with closing(_open_source(config, ranks)) as source:
         encoders = encoders or load_encoders(config, device)
         shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-        share = _share_of_processors(ranks)
         machines = Machines(
             num_ranks=config.plan_gpus or ranks.world_size,
-            num_workers=share if config.num_workers is None else config.num_workers,
-            threads=None if device.type == "cuda" else share,
+            num_workers=_num_workers(config, ranks),
+            threads=None if device.type == "cuda" else _share_of_processors(ranks),
             price_per_hour=config.plan_price,
         )
         with _decode_workers(config, ranks, encoders.tokenizer) as workers:
@@ -320,6 +320,8 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
     pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
+    encoders = 1 if job.encoders.tokenizer.device.type == "cuda" else max(1, threads)
+    busy = BusyShares(ranks, {"decoding": max(1, _num_workers(config, ranks)), "encoders": encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     shards = _claimed(ranks, job.todo)
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
@@ -327,26 +329,31 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, encoded))
+            pending.append(writing.submit(_write, writer, busy, encoded))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
+def _write(writer: ShardWriter, busy: BusyShares, encoded: EncodedShard) -> LedgerEntry:
     try:
-        return writer.write(encoded)
+        entry = writer.write(encoded)
     except OSError as error:
         raise UserError(
             f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
             "make room or mend the disk and run the same command again"
         ) from error
+    busy.add(entry.stage_seconds)
+    return entry
 
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
-    number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
-    return DecodeWorkers(row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+    return DecodeWorkers(row_decoder(config, tokenizer), _num_workers(config, ranks), config.row_timeout_seconds)
+
+
+def _num_workers(config: PrepareConfig, ranks: Ranks) -> int:
+    return _share_of_processors(ranks) if config.num_workers is None else config.num_workers
 
 
 def _share_of_processors(ranks: Ranks) -> int:
