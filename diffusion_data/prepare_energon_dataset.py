@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from diffusion_data.busy_shares import BusyShares
 from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
@@ -189,11 +190,10 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
     with closing(_open_source(config, ranks)) as source:
         encoders = encoders or load_encoders(config, device)
         shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-        share = _share_of_processors(ranks)
         machines = Machines(
             num_ranks=config.plan_gpus or ranks.world_size,
-            num_workers=share if config.num_workers is None else config.num_workers,
-            threads=None if device.type == "cuda" else share,
+            num_workers=_num_workers(config, ranks),
+            threads=None if device.type == "cuda" else _share_of_processors(ranks),
             price_per_hour=config.plan_price,
         )
         with _decode_workers(config, ranks, encoders.tokenizer) as workers:
@@ -371,6 +371,8 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
     pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
+    encoders = 1 if job.encoders.tokenizer.device.type == "cuda" else max(1, threads)
+    busy = BusyShares(ranks, {"decoding": max(1, _num_workers(config, ranks)), "encoders": encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     before = {shard.number: job.ledger.read(shard) for shard in job.retry}
     shards = ranks.claimed(job.todo, "shards_claimed")
@@ -379,14 +381,16 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, job.lock, encoded, before.get(encoded.shard.number)))
+            pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard, before: LedgerEntry | None) -> LedgerEntry:
+def _write(
+    writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
+) -> LedgerEntry:
     try:
         lock.check()
         entry = writer.write(encoded, before)
@@ -397,13 +401,19 @@ def _write(writer: ShardWriter, lock: RunLock, encoded: EncodedShard, before: Le
         ) from error
     if entry is before:
         print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
+    else:
+        busy.add(entry.stage_seconds)
     return entry
 
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
-    number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
+    number = _num_workers(config, ranks)
     timeout_seconds = config.row_timeout_seconds if number else None  # in this process nothing can be stopped
     return DecodeWorkers(row_decoder(config, tokenizer), number, timeout_seconds)
+
+
+def _num_workers(config: PrepareConfig, ranks: Ranks) -> int:
+    return _share_of_processors(ranks) if config.num_workers is None else config.num_workers
 
 
 def _share_of_processors(ranks: Ranks) -> int:

@@ -19,8 +19,8 @@ import torch
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.dataset_folder import check_dataset
+from diffusion_data.decoded_sample import decode_sample, tokenizer_of
 from diffusion_data.errors import UserError
-from diffusion_data.scripts.provenance import read_config
 from diffusion_data.shard_reader import read_shard
 
 GAP = 8  # white pixels between pictures
@@ -31,8 +31,9 @@ def decode_rows(dataset: Path, tokenizer: CosmosTokenizer, num_samples: int) -> 
     samples = chain.from_iterable(read_shard(path) for path in sorted(dataset.glob("*.tar")))
     strips = []
     for sample in islice(samples, num_samples):
-        strips.append(strip(tokenizer.decode(sample.latent[None])[0].cpu().numpy()))
-        print(f"{sample.key} {tuple(sample.latent.shape)}: {sample.metadata.get('caption', 'no caption')}")
+        strips.append(strip(decode_sample(sample, tokenizer)))
+        caption = printable(str(sample.metadata.get("caption", "no caption")))
+        print(f"{printable(sample.key)} {tuple(sample.latent.shape)}: {caption}")
     return strips
 
 
@@ -63,12 +64,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def tokenizer_of(dataset: Path) -> str:
-    """The tokenizer that made the dataset, from its run/config.yaml."""
-    config = read_config(dataset)
-    if config is None:
-        raise UserError(f"{dataset} doesn't tell what made it (no run/config.yaml): give --tokenizer")
-    return str(config["tokenizer"]["name"])
+def printable(text: str) -> str:
+    """Captions are data: none of their characters may steer a terminal."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def main(words: Sequence[str] | None = None) -> None:

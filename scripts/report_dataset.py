@@ -27,6 +27,7 @@ from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_energon_dataset import row_decoder
 from diffusion_data.report import write_report
 from diffusion_data.report_sheet import SheetOptions
+from diffusion_data.scripts.preview_dataset import positive
 from diffusion_data.source_frames import SourceFrames
 from diffusion_data.sources import ParquetSource
 
@@ -45,12 +46,6 @@ def load_sources(dataset: Path, tokenizer: CosmosTokenizer) -> SourceFrames:
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{file} can't be used: {error}") from error
     return SourceFrames(ParquetSource.open(config.source.path), row_decoder(config, tokenizer))
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main(words: Sequence[str] | None = None) -> None:
