@@ -6,12 +6,13 @@ Each shard's part is kept in its ledger entry, so the dataset's is a sum that re
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffusion_data.clips import LeftOut
 from diffusion_data.latent_sample import LatentSample
 
 
@@ -19,6 +20,7 @@ from diffusion_data.latent_sample import LatentSample
 class DatasetStats:
     """Sums over samples. The counters map a value to the number of samples that have it.
 
+    left_out: the fields of LeftOut, summed over rows
     latent_sum, latent_square_sum: float64 (C,), over `latent_count` positions a channel
     """
 
@@ -31,6 +33,11 @@ class DatasetStats:
     framerates: Counter[str] = field(default_factory=Counter)
     text_tokens: Counter[str] = field(default_factory=Counter)
     cropped_percent: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add_left_out(self, row: LeftOut) -> None:
+        """Of a row that was written."""
+        self.left_out.update(asdict(row))
 
     def add(self, sample: LatentSample) -> None:
         values = sample.latent.flatten(1).to(torch.float64)
@@ -81,10 +88,11 @@ class DatasetStats:
             "framerates": _by_number(self.framerates),
             "text_tokens": _by_number(self.text_tokens),
             "cropped_percent": _by_number(self.cropped_percent),
+            "left_out": {name: round(total, 3) for name, total in self.left_out.items()},
         }
 
 
-_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "framerates", "text_tokens", "cropped_percent")
+_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "framerates", "text_tokens", "cropped_percent", "left_out")
 
 
 def _cropped_percent(metadata: dict[str, Any]) -> int:

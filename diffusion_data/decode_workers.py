@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from diffusion_data.decode_worker_process import Raised, WorkerDied, WorkerProcess, WorkerTraceback
+from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.errors import Reason, UserError
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
 from diffusion_data.row_exchange import Closed, RowExchange
 from diffusion_data.sources import Row
 

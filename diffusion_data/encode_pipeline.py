@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
+from diffusion_data.clips import LeftOut
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
+from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow, sample_metadata
 from diffusion_data.errors import Reason, UserError
-from diffusion_data.latent_sample import LatentSample, all_finite, build_metadata, sample_key
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
+from diffusion_data.latent_sample import LatentSample, all_finite, sample_key
 from diffusion_data.shard_plan import Shard
 from diffusion_data.stage_times import StageTimes
 from diffusion_data.t5_text_encoder import T5TextEncoder
@@ -142,13 +143,21 @@ def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 @dataclass
 class _Entry:
-    """A decoded row on its way: its pixels are let go as soon as they are encoded."""
+    """A decoded sample on its way: its pixels are let go as soon as they are encoded."""
 
-    row: DecodedRow
+    sample: DecodedSample
     num_frames: int
     height: int
     width: int
     latent: _Pending | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A decoded row on its way; the samples of it may be in different batches."""
+
+    decoded: DecodedRow
+    entries: list[_Entry]
 
 
 class _ShardEncoding:
@@ -158,7 +167,7 @@ class _ShardEncoding:
         self.shard = shard
         self.record = BatchRecord()
         self._pipeline = pipeline
-        self._results: list[_Entry | RejectedRow] = []
+        self._results: list[_Row | RejectedRow] = []
         self._waiting: dict[tuple[int, ...], list[_Entry]] = {}  # by shape, until there is a batch of it
         self._waiting_pixels = 0
 
@@ -167,9 +176,14 @@ class _ShardEncoding:
         if isinstance(result, RejectedRow):
             self._results.append(result)
             return
-        frames, height, width, _ = shape = result.pixels.shape
-        entry = _Entry(result, frames, height, width)
-        self._results.append(entry)
+        row = _Row(replace(result, samples=tuple(map(_without_pixels, result.samples))), [])
+        self._results.append(row)
+        for sample in result.samples:
+            row.entries.append(self._add_sample(sample))
+
+    def _add_sample(self, sample: DecodedSample) -> _Entry:
+        frames, height, width, _ = shape = sample.pixels.shape
+        entry = _Entry(sample, frames, height, width)
         same_shape = self._waiting.setdefault(shape, [])
         same_shape.append(entry)
         pixels = frames * height * width
@@ -179,33 +193,46 @@ class _ShardEncoding:
             self._encode(shape)
         elif self._waiting_pixels > _WAITING_BATCHES * budget:
             self._encode(max(self._waiting, key=lambda each: len(self._waiting[each]) * math.prod(each)))
+        return entry
 
     def _encode(self, shape: tuple[int, ...]) -> None:
         batch = self._waiting.pop(shape)
-        latents = self._pipeline.encoder.encode_frames([entry.row.pixels for entry in batch], self.record)
+        latents = self._pipeline.encoder.encode_frames([entry.sample.pixels for entry in batch], self.record)
         for place, entry in enumerate(batch):
             entry.latent = _Pending(latents, place)
-            entry.row = replace(entry.row, pixels=_NO_PIXELS)
+            entry.sample = _without_pixels(entry.sample)
         self._waiting_pixels -= len(batch) * math.prod(shape[:3])
 
     def finish(self) -> EncodedShard:
         """Encode what waits and the captions."""
         for shape in list(self._waiting):
             self._encode(shape)
-        entries = [each for each in self._results if isinstance(each, _Entry)]
-        captions = list(dict.fromkeys(entry.row.caption for entry in entries))
+        rows = [each for each in self._results if isinstance(each, _Row)]
+        captions = list(dict.fromkeys(entry.sample.caption for row in rows for entry in row.entries))
         embeddings, captions_cut = self._pipeline.encode_captions(captions, self.record)
         finished = self._pipeline.encoder.finished()
         return EncodedShard(self.shard, self._results, embeddings, captions_cut, self.record, finished)
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """All samples of a row, in the order of their keys; left_out: as DecodedRow's."""
+
+    samples: list[LatentSample]
+    left_out: LeftOut
+
+
+def _without_pixels(sample: DecodedSample) -> DecodedSample:
+    return replace(sample, pixels=_NO_PIXELS)
+
+
 class EncodedShard:
-    """A shard that is being encoded, or has been. `samples` waits for it."""
+    """A shard that is being encoded, or has been. `rows` waits for it."""
 
     def __init__(
         self,
         shard: Shard,
-        results: list[_Entry | RejectedRow],
+        results: list[_Row | RejectedRow],
         embeddings: dict[str, _Pending],
         captions_cut: int,
         record: BatchRecord,
@@ -221,44 +248,42 @@ class EncodedShard:
     def wait(self) -> None:
         """Return when everything is on the host."""
         for result in self._results:
-            if isinstance(result, _Entry) and result.latent is not None:
-                result.latent.result()
+            for entry in result.entries if isinstance(result, _Row) else ():
+                if entry.latent is not None:
+                    entry.latent.result()
         for embedding in self._embeddings.values():
             embedding.result()
         if self._finished is not None:
             self._finished.synchronize()
 
-    def samples(self) -> Iterator[LatentSample | RejectedRow]:
-        """Every row of the shard once, in row order: encoded, or rejected with its reason."""
+    def rows(self) -> Iterator[EncodedRow | RejectedRow]:
+        """Every row of the shard once, in row order: all its samples, or rejected with its reason."""
         self.wait()
         for result in self._results:
-            yield result if isinstance(result, RejectedRow) else self._sample(result)
+            yield result if isinstance(result, RejectedRow) else self._encoded(result)
 
-    def _sample(self, entry: _Entry) -> LatentSample | RejectedRow:
-        row = entry.row
-        assert entry.latent is not None, "every waiting row was encoded when the shard was finished"
-        latent = entry.latent.result()
-        embedding = self._embeddings[row.caption].result().numpy()
-        if not (all_finite(latent) and all_finite(embedding)):
-            return RejectedRow(
-                row=row.row,
-                source_file=row.source_file,
-                source_row=row.source_row,
-                reason=Reason.non_finite_latent,
-                message="the encoders gave NaN or infinity",
-                metadata=row.metadata,
-            )
-        metadata = build_metadata(
-            caption=row.caption,
-            image_height=row.image_height,
-            image_width=row.image_width,
-            height=entry.height,
-            width=entry.width,
-            num_frames=entry.num_frames,
-            framerate=row.framerate,
-            num_text_tokens=len(embedding),
-            source_file=row.source_file,
-            source_row=row.source_row,
-            extra=row.metadata,
+    def _encoded(self, row: _Row) -> EncodedRow | RejectedRow:
+        decoded = row.decoded
+        samples = [self._sample(decoded, number, entry) for number, entry in enumerate(row.entries)]
+        if all(all_finite(sample.latent) and all_finite(sample.text_embedding) for sample in samples):
+            return EncodedRow(samples, decoded.left_out)
+        return RejectedRow(
+            row=decoded.row,
+            source_file=decoded.source_file,
+            source_row=decoded.source_row,
+            reason=Reason.non_finite_latent,
+            message="the encoders gave NaN or infinity",
+            metadata=row.entries[0].sample.metadata,
         )
-        return LatentSample(key=sample_key(row.row), latent=latent, text_embedding=embedding, metadata=metadata)
+
+    def _sample(self, row: DecodedRow, number: int, entry: _Entry) -> LatentSample:
+        assert entry.latent is not None, "every waiting sample was encoded when the shard was finished"
+        sample = entry.sample
+        embedding = self._embeddings[sample.caption].result().numpy()
+        metadata = sample_metadata(row, sample, (entry.num_frames, entry.height, entry.width), len(embedding))
+        return LatentSample(
+            key=sample_key(row.row, number, len(row.samples)),
+            latent=entry.latent.result(),
+            text_embedding=embedding,
+            metadata=metadata,
+        )

@@ -26,6 +26,7 @@ class Reason(str, Enum):
     decode_error = "decode_error"
     no_frames = "no_frames"
     too_few_frames = "too_few_frames"
+    fps_too_low = "fps_too_low"
     too_small = "too_small"
     too_large = "too_large"
     bad_aspect = "bad_aspect"

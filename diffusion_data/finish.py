@@ -31,10 +31,11 @@ _SECONDS_UNTIL_FILES_SHOW = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over the ledger."""
+    """Sums over the ledger: rows = written + rejected. A row may have several samples; splits count samples."""
 
     rows: int
     written: int
+    samples: int
     rejected: dict[str, int]
     captions_cut: int
     shards: int
@@ -43,6 +44,7 @@ class Totals:
     stage_seconds: dict[str, float]
     stage_cpu_seconds: dict[str, float]
     splits: dict[str, int]
+    left_out: dict[str, float]
 
 
 def finish_dataset(
@@ -78,7 +80,8 @@ def finish_dataset(
     splits = _write_metadata(output_dir, sums.counts, split_ratio, seed, verify_full)
     totals = Totals(
         rows=shards[-1].stop,
-        written=sum(sums.counts.values()),
+        written=sums.written,
+        samples=sum(sums.counts.values()),
         rejected=dict(sums.reasons.most_common()),
         captions_cut=sums.captions_cut,
         shards=len(sums.counts),
@@ -86,6 +89,7 @@ def finish_dataset(
         batches_halved=sums.batches_halved,
         stage_seconds=_rounded(sums.stage_seconds),
         stage_cpu_seconds=_rounded(sums.stage_cpu_seconds),
+        left_out=sums.stats.report()["left_out"],
         splits={name: sum(sums.counts[file] for file in files) for name, files in splits.items()},
     )
     write_json(run / "stats.json", {**vars(totals), **sums.stats.report()})
@@ -100,6 +104,7 @@ class _LedgerSums:
     reasons: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     stage_cpu_seconds: Counter[str] = field(default_factory=Counter)
+    written: int = 0
     captions_cut: int = 0
     batches_halved: int = 0
     num_bytes: int = 0
@@ -107,7 +112,8 @@ class _LedgerSums:
 
     def add(self, entry: LedgerEntry) -> None:
         if entry.file is not None:
-            self.counts[entry.file] = entry.written
+            self.counts[entry.file] = entry.samples
+        self.written += entry.written
         self.reasons.update(row["reason"] for row in entry.rejected)
         self.stage_seconds.update(entry.stage_seconds)
         self.stage_cpu_seconds.update(entry.stage_cpu_seconds)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.encode_cost import EncodeCost
 from diffusion_data.encode_pipeline import BatchingConfig
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
 from diffusion_data.sources import ParquetSource, Row
 from diffusion_data.spread import coarse_to_fine
 from diffusion_data.stored_size import latent_shape, stored_bytes
@@ -30,6 +30,7 @@ _SECONDS = 20.0  # for decoding; where it isn't enough, fewer places are looked 
 class Forecast:
     """Sums over the rows that were looked at.
 
+    left_out: the fields of LeftOut
     token_lengths: of each caption, uncut
     stored_bytes: in shards, without what each shard adds
     decode_seconds: that workers were at it, also where they waited for a network
@@ -40,6 +41,7 @@ class Forecast:
     looked_at: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     latent_shapes: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     token_lengths: list[int] = field(default_factory=list)
     stored_bytes: int = 0
     decode_seconds: float = 0.0
@@ -49,8 +51,9 @@ class Forecast:
     caption_seconds: float = 0.0
 
     @property
-    def decoded(self) -> int:
-        return self.looked_at - sum(self.rejected.values())
+    def samples(self) -> int:
+        """That the decoded rows became."""
+        return len(self.token_lengths)
 
 
 def make_forecast(
@@ -71,7 +74,7 @@ def make_forecast(
             forecast.rejected[result.reason.value] += 1
         else:
             _add(forecast, cost, result, tokenizer, text_encoder)
-    if forecast.decoded:
+    if forecast.samples:
         forecast.frame_seconds, forecast.caption_seconds = cost.frame_seconds(), cost.caption_seconds()
     return forecast
 
@@ -79,15 +82,17 @@ def make_forecast(
 def _add(
     forecast: Forecast, cost: EncodeCost, row: DecodedRow, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder
 ) -> None:
-    (uncut,) = text_encoder.tokenize_uncut([row.caption])
-    token_ids = text_encoder.cut(uncut)
-    shape = latent_shape(row, tokenizer)
-    cost.add(row.pixels, token_ids)
-    started = time.thread_time()
-    forecast.stored_bytes += stored_bytes(row, shape, len(token_ids), text_encoder.embedding_dim)
-    forecast.store_seconds += time.thread_time() - started
-    forecast.latent_shapes[shape] += 1
-    forecast.token_lengths.append(len(uncut))
+    forecast.left_out.update(asdict(row.left_out))
+    for number, sample in enumerate(row.samples):
+        (uncut,) = text_encoder.tokenize_uncut([sample.caption])
+        token_ids = text_encoder.cut(uncut)
+        shape = latent_shape(sample, tokenizer)
+        cost.add(sample.pixels, token_ids)
+        started = time.thread_time()
+        forecast.stored_bytes += stored_bytes(row, number, shape, len(token_ids), text_encoder.embedding_dim)
+        forecast.store_seconds += time.thread_time() - started
+        forecast.latent_shapes[shape] += 1
+        forecast.token_lengths.append(len(uncut))
 
 
 def _spread_rows(source: ParquetSource) -> Iterator[Row]:

@@ -34,18 +34,19 @@ def forecast_text(
     """Several lines; numbers are of the whole source unless they say otherwise."""
     num_rows = shards[-1].stop
     scale = num_rows / forecast.looked_at
-    samples = round(forecast.decoded * scale)
+    samples = round(forecast.samples * scale)
     lines = [
         f"plan: {num_rows:,} rows, {forecast.looked_at:,} of them looked at; nothing is written",
         f"  samples   about {samples:,}; shards: {len(shards):,} of {shards[0].num_rows:,} rows",
         *_rejects(forecast, scale, max_reject_rate),
     ]
-    if forecast.decoded:
+    if forecast.samples:
         lines += [
             *_shapes(forecast),
+            *_left_out(forecast, scale),
             _captions(forecast, scale, max_length),
             f"  disk      {_size(expected_bytes(forecast, shards))} of shards, "
-            f"{forecast.stored_bytes / forecast.decoded / 1000:.0f} kB a sample",
+            f"{forecast.stored_bytes / forecast.samples / 1000:.0f} kB a sample",
             *_time(forecast, num_rows, machines),
         ]
     return "\n".join(lines)
@@ -98,12 +99,24 @@ def _shapes(forecast: Forecast) -> Iterator[str]:
     shapes = forecast.latent_shapes.most_common()
     yield f"  latents   {len(shapes)} shapes (C x T x H x W), commonest first:"
     for shape, count in shapes[:_SHAPES_NAMED]:
-        yield f"            {' x '.join(map(str, shape))}: {count / forecast.decoded:.1%}"
+        yield f"            {' x '.join(map(str, shape))}: {count / forecast.samples:.1%}"
     if len(shapes) > _SHAPES_NAMED:
         others = sum(count for _, count in shapes[_SHAPES_NAMED:])
-        yield f"            {len(shapes) - _SHAPES_NAMED} others: {others / forecast.decoded:.1%}"
+        yield f"            {len(shapes) - _SHAPES_NAMED} others: {others / forecast.samples:.1%}"
     largest = max(shapes, key=lambda each: each[0][1] * each[0][2] * each[0][3])[0]
     yield f"            largest seen: {' x '.join(map(str, largest))}"
+
+
+def _left_out(forecast: Forecast, scale: float) -> Iterator[str]:
+    left_out = forecast.left_out
+    seconds = left_out["seconds_kept"] + left_out["seconds_left_out"]
+    if left_out["seconds_left_out"]:
+        yield f"  videos    {left_out['seconds_left_out'] / seconds:.1%} of their time is in no sample"
+    if left_out["clips_dropped"] or left_out["frames_cut"]:
+        yield (
+            f"            about {round(left_out['clips_dropped'] * scale):,} clips too short, "
+            f"{round(left_out['frames_cut'] * scale):,} frames cut to lengths that are allowed"
+        )
 
 
 def _captions(forecast: Forecast, scale: float, max_length: int) -> str:

@@ -4,7 +4,8 @@
     samples/sample_000000042.pickle  pickled numpy float16 (S, D): T5 embedding of the S real tokens
     samples/sample_000000042.json    metadata, the fields of `build_metadata`
 
-The number in the key is the global row index, so a key is unique and points back to its row.
+The number in the key is the global row index, so a key is unique and points back to its row. The samples of a row
+that became several are samples/sample_000000042_000, _001 and so on.
 
 Reading also accepts what NeMo's and DFM's scripts write: part names with a leading dot, a batch axis on
 the latent, a padded torch tensor in the pickle, missing metadata (`LatentSample.from_parts`).
@@ -16,6 +17,7 @@ import io
 import json
 import math
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,13 +33,25 @@ PARTS = (LATENT_PART, TEXT_PART, METADATA_PART)
 
 FORMAT_VERSION = 1  # part of the fingerprint: raise it when the bytes of a part change
 
+_KEY = re.compile(r"samples/sample_(?P<row>[0-9]{9,})(_(?P<number>[0-9]{3,}))?")
+
 # Protocol 5 is read by every supported Python and stores an array's buffer without a detour.
 _PICKLE_PROTOCOL = 5
 
 
-def sample_key(row: int) -> str:
-    """WebDataset key of the sample that global row `row` became."""
-    return f"samples/sample_{row:09d}"
+def sample_key(row: int, number: int = 0, count: int = 1) -> str:
+    """WebDataset key of sample `number` of the `count` that global row `row` became."""
+    return f"samples/sample_{row:09d}" if count == 1 else f"samples/sample_{row:09d}_{number:03d}"
+
+
+def parse_key(key: str) -> tuple[int, int | None] | None:
+    """(row, number of the sample among several of the row, else None); None if `sample_key` didn't make the key."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    row, number = int(match["row"]), None if match["number"] is None else int(match["number"])
+    made = sample_key(row) if number is None else sample_key(row, number, number + 2)
+    return (row, number) if made == key else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +130,9 @@ def build_metadata(
     source_file: str,
     source_row: int,
     extra: Mapping[str, Any],
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
+    mirrored: bool | None = None,
 ) -> dict[str, Any]:
     """The json part of a sample.
 
@@ -128,7 +145,12 @@ def build_metadata(
         num_text_tokens: rows of the text embedding.
         source_file, source_row: where the row stood: parquet file, row within it.
         extra: the metadata columns that the recipe keeps.
+        start_seconds, end_seconds: where in its video the clip begins and ends, from the video's first frame; left
+            out where None, as of a sample that is no clip of several.
+        mirrored: whether the frames were mirrored, left to right; left out where None, as in runs without mirrored
+            copies.
     """
+    optional = {"start_seconds": start_seconds, "end_seconds": end_seconds, "mirrored": mirrored}
     return {
         "caption": caption,
         "image_height": image_height,
@@ -142,6 +164,7 @@ def build_metadata(
         "num_text_tokens": num_text_tokens,
         "source_file": source_file,
         "source_row": source_row,
+        **{name: value for name, value in optional.items() if value is not None},
         **extra,
     }
 
@@ -159,6 +182,9 @@ RESERVED_FIELDS = frozenset(
         source_file="",
         source_row=0,
         extra={},
+        start_seconds=0.0,
+        end_seconds=0.0,
+        mirrored=False,
     )
 )
 """Metadata fields that a column of the user's can't take."""

@@ -27,6 +27,8 @@ from diffusion_data.shard_plan import Shard
 class LedgerEntry:
     """A finished shard. `num_rows == written + len(rejected)`, always.
 
+    written: rows, with all their samples
+    samples: of these rows, as many or more
     file: name of the tar, or None where every row was rejected: energon can't read an empty tar
     num_bytes, sha256: of the tar
     fingerprint: digest of the run that wrote it
@@ -44,6 +46,7 @@ class LedgerEntry:
     num_bytes: int
     sha256: str | None
     written: int
+    samples: int
     captions_cut: int
     fingerprint: str
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -67,6 +70,8 @@ class LedgerEntry:
                 f"shard {self.shard}: {self.stop - self.start} rows, but {self.written} written "
                 f"and {len(self.rejected)} rejected"
             )
+        if self.samples < self.written or (self.samples > 0) != (self.written > 0):
+            raise ValueError(f"shard {self.shard}: {self.samples} samples of {self.written} rows")
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
 
+from diffusion_data.clips import ClipCutter, ClipLengths, LeftOut, covered_seconds
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.fetch import Fetcher
 from diffusion_data.images import decode_image, open_image
+from diffusion_data.media_config import MediaConfig
 from diffusion_data.resize import ResizePlan, plan_bucket, plan_resize
-from diffusion_data.video import decode_video
-
-_PILLOW_LIMIT_PIXELS = 178_956_970  # Pillow itself refuses more
+from diffusion_data.video import DecodedVideo, decode_video, wanted_fps
 
 # Formats that are media but that nothing here reads: better named than called "not media".
 _UNSUPPORTED = (
@@ -37,12 +37,17 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Decoded media. source_height and source_width are pixels before any resize, after rotation."""
+    """Decoded media. source_height and source_width are pixels before any resize, after rotation.
+
+    start_seconds, end_seconds: of a clip, where in its video it begins and ends, from the video's first frame
+    """
 
     pixels: np.ndarray
     fps: float | None
     source_height: int
     source_width: int
+    start_seconds: float | None = None
+    end_seconds: float | None = None
 
     def __post_init__(self) -> None:
         shape = self.pixels.shape
@@ -64,86 +69,11 @@ class Frames:
         return int(self.pixels.shape[2])
 
 
-@dataclass(frozen=True, kw_only=True)
-class MediaConfig:
-    """How media is fetched, decoded and sized: the `media` options of a recipe."""
-
-    short_side: int | None = 512
-    """Pixels of the shorter side, rounded to the tokenizer's multiple; smaller media is enlarged. None keeps
-    the size of each source and only crops it to the multiple."""
-    resize: str = "short_side"
-    """short_side keeps each source's aspect, but for rounding. buckets takes the nearest of a few sizes of about
-    equal area and crops what is in excess: then pictures of every shape fill batches."""
-    fps: float | None = None
-    """Frames a second that videos are resampled to, by timestamp. None takes every stored frame; a clip of
-    variable frame rate then keeps its uneven steps."""
-    num_frames: int | None = None
-    """Most frames of a sample: a longer video is cut to its first clip, and no more than that is decoded. Any
-    number; the result has the largest 1 + k * t that fits, t being the tokenizer's temporal compression."""
-    jpeg_draft: bool = False
-    """Shrink JPEGs while decoding, to no less than twice the size asked for: several times faster on photos,
-    but some pixels differ by up to 2 of 255 from those of the full decode."""
-    allowed_roots: tuple[str, ...] = ()
-    """Folders, or URLs such as s3://bucket/dir, that paths may lead to besides the parquet's own folder."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Host names or addresses that may be fetched from although they are not public."""
-    fetch_timeout_seconds: float = 60.0
-    """Longest that one URL may take, its redirects, retries and waits included."""
-    fetch_retries: int = 3
-    """More tries after a passing failure (429, 5xx, broken connection); no other answer is retried."""
-    max_redirects: int = 5
-    """Most redirects that are followed from one URL."""
-    max_connections_per_host: int = 32
-    """Most connections to one host at a time, by all processes of a node together; waiting for one counts as
-    fetching. Few are polite to a museum's server, a cloud's storage bears hundreds."""
-    max_fetch_bytes: int = 2 * 1024**3
-    """Largest body taken from a URL or a remote filesystem; it is held in memory."""
-    max_pixels: int = 100_000_000
-    """Most pixels of a source picture or video frame, which decoding holds in memory; at most Pillow's limit."""
-    min_frames: int = 1
-    """Fewest frames that a clip may have in the dataset, after resampling and cutting; pictures are not clips."""
-    max_frames: int = 1024
-    """Most frames when num_frames sets no limit: a longer video is rejected instead of filling the memory."""
-    max_aspect_ratio: float = 10.0
-    """Longest side over shortest side, beyond which a source is rejected: banners, broken sizes."""
-    min_side: int = 16
-    """Pixels of the shorter side, below which a source is rejected: tracking pixels, thumbnails."""
-
-    def __post_init__(self) -> None:
-        for name in ("allowed_roots", "allowed_hosts"):  # YAML has lists only
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"media.{name} is a list, got the string {value!r}")
-            object.__setattr__(self, name, tuple(str(item) for item in value))
-        for name in ("short_side", "fps", "num_frames"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"media.{name} must be above 0 or null, got {getattr(self, name)}")
-        if self.resize not in ("short_side", "buckets"):
-            raise ValueError(f"media.resize is short_side or buckets, got {self.resize!r}")
-        if self.resize == "buckets" and self.short_side is None:
-            raise ValueError("media.resize=buckets needs media.short_side: the side of the square one")
-        for name in (
-            "fetch_timeout_seconds", "max_connections_per_host", "max_fetch_bytes", "max_pixels", "min_frames",
-            "max_frames", "min_side",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"media.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("fetch_retries", "max_redirects"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"media.{name} must be 0 or more, got {getattr(self, name)}")
-        longest = "max_frames" if self.num_frames is None else "num_frames"
-        if getattr(self, longest) < self.min_frames:
-            raise ValueError(
-                f"media.min_frames={self.min_frames} is more than media.{longest}={getattr(self, longest)}"
-            )
-        if self.max_aspect_ratio < 1:
-            raise ValueError(f"media.max_aspect_ratio must be 1 or more, got {self.max_aspect_ratio}")
-        if self.max_pixels > _PILLOW_LIMIT_PIXELS:
-            raise ValueError(f"media.max_pixels can be {_PILLOW_LIMIT_PIXELS} at most, got {self.max_pixels}")
-
-
 class MediaLoader:
-    """References -> conforming Frames. Picklable; holds no open file."""
+    """References -> conforming Frames. Picklable; holds no open file.
+
+    left_out: adds up what videos lose; whoever asks for it puts a fresh one in its place
+    """
 
     def __init__(self, config: MediaConfig, root: str, temporal_compression: int, size_multiple: int) -> None:
         if temporal_compression < 1 or size_multiple < 1:
@@ -151,67 +81,106 @@ class MediaLoader:
         self.config = config
         self.temporal_compression = temporal_compression
         self.size_multiple = size_multiple
+        self.left_out = LeftOut()
+        self._lengths = ClipLengths.of(config, temporal_compression)
         self._fetcher = Fetcher(config, root)
 
     def load(self, reference: Any) -> Frames:
-        """Fetches, decodes, resamples and resizes one reference."""
+        """Fetches, decodes, resamples and resizes one reference; of a video its first clip."""
+        (frames,) = self._load(reference, max_clips=1)
+        return frames
+
+    def load_clips(self, reference: Any) -> list[Frames]:
+        """As `load`, but all clips of a video that option media.clips asks for; without it the one of `load`."""
+        return self._load(reference, self.config.clips.max_per_row if self.config.clips.num_frames else 1)
+
+    def conform(self, frames: Frames) -> Frames:
+        """Resamples, trims and resizes frames that a user's own function made; what is right stays as it is."""
+        (conforming,) = self._conform(frames, max_clips=1)
+        return conforming
+
+    def variants(self, frames: Frames) -> Iterator[tuple[Frames, bool | None]]:
+        """(frames, whether they are mirrored) of each sample that a process function's frames become.
+
+        That is one, unless media.extra_short_sides or media.mirror ask for more; None where nothing is mirrored.
+        """
+        conforming = self.conform(frames)
+        for short_side in (self.config.short_side, *self.config.extra_short_sides):
+            sized = self._resized(conforming, short_side)
+            if not self.config.mirror:
+                yield sized, None
+                continue
+            yield sized, False
+            yield replace(sized, pixels=sized.pixels[:, :, ::-1]), True
+
+    def _load(self, reference: Any, max_clips: int) -> list[Frames]:
         if isinstance(reference, Mapping):
             reference = _unwrap(reference)
         if reference is None or (isinstance(reference, float) and math.isnan(reference)):
             raise RowRejected(Reason.null_media, "the media column is null")
         if isinstance(reference, Frames):
-            return self.conform(reference)
+            return self._conform(reference, max_clips)
         if isinstance(reference, np.ndarray):
-            return self.conform(_from_array(reference, self.config.fps))
+            return self._conform(_from_array(reference, self.config.fps), max_clips)
         if isinstance(reference, Image.Image):
-            return self._decode_image(reference, io.BytesIO())
+            return [self._decode_image(reference, io.BytesIO())]
         if isinstance(reference, (bytes, bytearray, memoryview)):
-            return self._decode(io.BytesIO(reference))
+            return self._decode(io.BytesIO(reference), max_clips)
         if isinstance(reference, (str, os.PathLike)):
             reference = os.fspath(reference)
             if not reference.strip():
                 raise RowRejected(Reason.empty, "the path is empty")
             with self._fetcher.open(reference) as file:
-                return self._decode(file)
+                return self._decode(file, max_clips)
         raise RowRejected(
             Reason.not_media,
             f"expected bytes, a path, a URL or an image struct, got {type(reference).__name__}",
         )
 
-    def conform(self, frames: Frames) -> Frames:
-        """Resamples, trims and resizes frames that a user's own function made; what is right stays as it is."""
-        config = self.config
-        pixels, fps = frames.pixels, frames.fps
-        if fps is not None and config.fps is not None and not math.isclose(fps, config.fps, rel_tol=1e-6):
-            pixels, fps = _resample(pixels, fps, config.fps), config.fps
-        pixels = self._trim(pixels, is_clip=frames.fps is not None or frames.num_frames > 1)
-        height, width = frames.height, frames.width
-        plan = self._plan_size(height, width)
-        if (plan.height, plan.width) != (height, width):
-            self._check_size(height, width)
-            pixels = plan.apply(pixels)
-        elif max(height, width) > config.max_aspect_ratio * (min(height, width) + self.size_multiple):
-            # Rounding to multiples may have lengthened what load() passed by up to one multiple.
-            self._check_size(height, width)
-        return Frames(pixels=pixels, fps=fps, source_height=frames.source_height, source_width=frames.source_width)
-
-    def _decode(self, file: BinaryIO) -> Frames:
+    def _decode(self, file: BinaryIO, max_clips: int) -> list[Frames]:
         head = file.read(512)
         if not head:
             raise RowRejected(Reason.empty, "0 bytes")
         image = open_image(file, self.config)
         if image is not None:
-            return self._decode_image(image, file)
+            return [self._decode_image(image, file)]
         _refuse_unsupported(head)
-        num_frames = self.config.num_frames
-        limit = self.config.max_frames + 1 if num_frames is None else self._snapped(num_frames)
-        video = decode_video(file, self.config, self._plan, limit)
-        return Frames(
-            pixels=self._trim(video.pixels, is_clip=True),
-            fps=video.fps,
-            source_height=video.source_height,
-            source_width=video.source_width,
+        return self._kept(decode_video(file, self.config, self._plan, self._cutter(max_clips)))
+
+    def _conform(self, frames: Frames, max_clips: int) -> list[Frames]:
+        if frames.fps is None and frames.num_frames == 1:
+            return [self._resized(frames, self.config.short_side)]
+        pixels, fps = frames.pixels, frames.fps
+        wanted = None if fps is None else wanted_fps(fps, self.config)
+        if fps is not None and wanted is not None and not math.isclose(fps, wanted, rel_tol=1e-6):
+            pixels, fps = _resample(pixels, fps, wanted), wanted
+        clips = self._kept(_cut(replace(frames, pixels=pixels, fps=fps), self._cutter(max_clips)))
+        if frames.start_seconds is not None and len(clips[0].pixels) == len(pixels):
+            clips = [replace(clips[0], start_seconds=frames.start_seconds, end_seconds=frames.end_seconds)]
+        if fps is None:
+            clips = [replace(clip, fps=None, start_seconds=None, end_seconds=None) for clip in clips]
+        return [self._resized(clip, self.config.short_side) for clip in clips]
+
+    def _cutter(self, max_clips: int) -> ClipCutter:
+        longest, clips = self._lengths.longest, self.config.clips
+        return ClipCutter(
+            num_frames=self.config.max_frames + 1 if longest is None else longest,
+            max_clips=max_clips,
+            stride_frames=clips.stride_frames,
+            stride_seconds=clips.stride_seconds,
         )
+
+    def _resized(self, frames: Frames, short_side: int | None) -> Frames:
+        config = self.config
+        height, width = frames.height, frames.width
+        plan = self._plan_size(height, width, short_side)
+        if (plan.height, plan.width) != (height, width):
+            self._check_size(height, width)
+            return replace(frames, pixels=plan.apply(frames.pixels))
+        if max(height, width) > config.max_aspect_ratio * (min(height, width) + self.size_multiple):
+            # Rounding to multiples may have lengthened what load() passed by up to one multiple.
+            self._check_size(height, width)
+        return frames
 
     def _decode_image(self, image: Image.Image, file: BinaryIO) -> Frames:
         self._check_size(image.height, image.width)  # before the pixels are decoded
@@ -220,10 +189,9 @@ class MediaLoader:
 
     def _plan(self, height: int, width: int) -> ResizePlan:
         self._check_size(height, width)
-        return self._plan_size(height, width)
+        return self._plan_size(height, width, self.config.short_side)
 
-    def _plan_size(self, height: int, width: int) -> ResizePlan:
-        short_side = self.config.short_side
+    def _plan_size(self, height: int, width: int, short_side: int | None) -> ResizePlan:
         if self.config.resize == "buckets" and short_side is not None:
             return plan_bucket(height, width, short_side, self.size_multiple)
         return plan_resize(height, width, short_side, self.size_multiple)
@@ -240,27 +208,48 @@ class MediaLoader:
                 f"{width} x {height} pixels, beyond media.max_aspect_ratio={self.config.max_aspect_ratio}",
             )
 
-    def _trim(self, pixels: np.ndarray, *, is_clip: bool) -> np.ndarray:
-        if self.config.num_frames is None and len(pixels) > self.config.max_frames:
+    def _kept(self, video: DecodedVideo) -> list[Frames]:
+        """The clips that are long enough, each cut to a length that is allowed."""
+        if self._lengths.longest is None and len(video.pixels) > self.config.max_frames:
             raise RowRejected(
                 Reason.too_large,
                 f"more than media.max_frames={self.config.max_frames} frames; media.num_frames cuts clips",
             )
-        kept = self._snapped(min(len(pixels), self.config.num_frames or len(pixels)))
-        if is_clip and kept < self.config.min_frames:
-            raise RowRejected(
-                Reason.too_few_frames,
-                f"{len(pixels)} frames, cut to {kept}, less than media.min_frames={self.config.min_frames}",
+        are_clips = self.config.clips.num_frames is not None
+        clips: list[Frames] = []
+        spans: list[tuple[float, float]] = []
+        for (start, stop), fps in zip(video.clips, video.fps, strict=True):
+            kept = self._lengths.cut(stop - start)
+            if kept < self._lengths.shortest:
+                self.left_out.clips_dropped += 1
+                continue
+            self.left_out.frames_cut += stop - start - kept
+            begin, end = video.times[start][0], video.times[start + kept - 1][1]
+            spans.append((begin, end))
+            clips.append(
+                Frames(
+                    pixels=video.pixels[start : start + kept],
+                    fps=fps,
+                    source_height=video.source_height,
+                    source_width=video.source_width,
+                    start_seconds=round(begin, 6) if are_clips else None,
+                    end_seconds=round(end, 6) if are_clips else None,
+                )
             )
-        return pixels[:kept]
+        if not clips:
+            self._refuse_short(max(stop - start for start, stop in video.clips))
+        self._count_seconds(covered_seconds(spans), video.duration_seconds)
+        return clips
 
-    def _snapped(self, num_frames: int) -> int:
-        return snapped(num_frames, self.temporal_compression)
+    def _refuse_short(self, num_frames: int) -> NoReturn:
+        kept = self._lengths.cut(num_frames)
+        cut = f", cut to {kept}" if kept else ""
+        raise RowRejected(Reason.too_few_frames, f"{num_frames} frames{cut}, less than {self._lengths.shortest_option}")
 
-
-def snapped(num_frames: int, temporal_compression: int) -> int:
-    """The largest 1 + k * temporal_compression that is not above num_frames."""
-    return 1 + (num_frames - 1) // temporal_compression * temporal_compression
+    def _count_seconds(self, kept: float, duration: float | None) -> None:
+        self.left_out.seconds_kept += kept
+        if duration is not None:
+            self.left_out.seconds_left_out += max(0.0, duration - kept)
 
 
 def _unwrap(struct: Mapping[str, Any]) -> Any:
@@ -279,6 +268,25 @@ def _from_array(array: np.ndarray, fps: float | None) -> Frames:
         )
     height, width = pixels.shape[1:3]
     return Frames(pixels=pixels, fps=fps if array.ndim == 4 else None, source_height=height, source_width=width)
+
+
+def _cut(frames: Frames, cutter: ClipCutter) -> DecodedVideo:
+    """Frames in memory -> their clips, which stay where they are."""
+    fps = frames.fps
+    if fps is None and cutter.stride_seconds is not None:
+        raise ValueError("media.clips.stride_seconds needs the fps of the frames")
+    times = [(number / (fps or 1.0), (number + 1) / (fps or 1.0)) for number in range(frames.num_frames)]
+    taken = [number for number, (start, _) in enumerate(times) if not cutter.is_done and cutter.take(start, 1e-6)]
+    clips = [(taken[start], taken[stop - 1] + 1) for start, stop in cutter.clips()]
+    return DecodedVideo(
+        pixels=frames.pixels,
+        clips=clips,
+        fps=[fps or 1.0] * len(clips),
+        times=times,
+        duration_seconds=None if fps is None else times[-1][1],
+        source_height=frames.source_height,
+        source_width=frames.source_width,
+    )
 
 
 def _resample(pixels: np.ndarray, source_fps: float, fps: float) -> np.ndarray:

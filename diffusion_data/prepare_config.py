@@ -9,7 +9,7 @@ import torch
 
 from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.errors import UserError
-from diffusion_data.media import MediaConfig
+from diffusion_data.media_config import MediaConfig
 from diffusion_data.sources import SourceConfig
 
 
@@ -66,7 +66,8 @@ class PrepareConfig:
     row_timeout_seconds: longest that fetching and decoding one row may take, before it is rejected as timeout; None
         sets no limit, nor can there be one without decode processes
     encode_threads: batches encoded at a time on a CPU; None as num_workers
-    seed: of the shuffle that spreads shards over splits
+    seed: of the shuffle that spreads shards over splits, and of what process functions draw, such as one of several
+        captions; for a function that draws it belongs to the dataset, and can't change later
     max_reject_rate: share of rejected rows that stops the run, once 300 rows are done: a dataset that is mostly
         rejected is a wrong column name
     verify: what a restart compares of finished shards: "size", or "full", which is the checksum too

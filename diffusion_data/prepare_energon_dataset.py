@@ -23,6 +23,7 @@ import torch
 from omegaconf import DictConfig
 
 from diffusion_data.busy_shares import BusyShares
+from diffusion_data.captions import template_columns
 from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
@@ -281,6 +282,9 @@ def _named_columns(config: PrepareConfig) -> dict[str, str]:
         if name.endswith(("_column", "_columns")):
             for column in [value] if isinstance(value, str) else value or ():
                 columns[column] = f"process_func.{name}"
+        if name.endswith("_template") and value is not None:
+            for column in template_columns(value, f"process_func.{name}"):
+                columns[column] = f"process_func.{name}"
     taken = RESERVED_FIELDS.intersection(config.metadata_columns)
     if taken:
         raise UserError(
@@ -323,6 +327,7 @@ def row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder
         # A DiT cuts latents into patches of 2 x 2, so sides are multiples of two latent pixels.
         size_multiple=2 * tokenizer.spatial_compression,
         empty_captions=config.empty_captions,
+        seed=config.seed,
     )
 
 
@@ -331,6 +336,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that changes a shard's bytes. Not in it: ranks, workers, splits, where models are cached."""
     tokenizer, text_encoder = encoders.tokenizer, encoders.text_encoder
+    function = resolve_process_func(config.process_func["_target_"])
     return {
         "format_version": FORMAT_VERSION,
         "source": [
@@ -346,7 +352,8 @@ def _fingerprint(
         "process_func": {
             "_target_": config.process_func["_target_"],
             **_arguments(config),
-            "module_sha256": module_digest(resolve_process_func(config.process_func["_target_"])),
+            "module_sha256": module_digest(function),
+            **({"seed": config.seed} if "rng" in handed_over(function) else {}),
         },
         "metadata_columns": list(config.metadata_columns),
         "empty_captions": config.empty_captions,

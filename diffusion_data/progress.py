@@ -15,7 +15,7 @@ from diffusion_data.busy_shares import busy_shares
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
 
-ROWS_DONE, ROWS_REJECTED = "rows_done", "rows_rejected"
+ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE = "rows_done", "rows_rejected", "samples_done"
 
 _SECONDS_BETWEEN_LINES = 15.0  # in a log file
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -74,14 +74,14 @@ class Progress:
         started = time.monotonic()
         while True:
             stopping = self._stopped.wait(_SECONDS_BETWEEN_LINES)
-            done, rejected = self._ranks.count(ROWS_DONE), self._ranks.count(ROWS_REJECTED)
+            done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
             seconds = time.monotonic() - started
             finished = self._done_before + done
             left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
             if finished == self._total_rows and not stopping:
                 left = "encoding the last"  # rows are counted when they are decoded
             print(
-                f"{finished}/{self._total_rows} rows, {(done - rejected) / seconds:.1f} samples/s, {left}, "
+                f"{finished}/{self._total_rows} rows, {samples / seconds:.1f} samples/s, {left}, "
                 f"{rejected} rejected{_busy(self._ranks)}",
                 file=self._stream,
                 flush=True,

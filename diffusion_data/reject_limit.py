@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
 from diffusion_data.finish import format_reasons
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
+from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE
 from diffusion_data.shard_plan import Shard
 
 _REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
@@ -26,18 +26,22 @@ def counted(
         UserError: the share of rejected rows is above the limit.
     """
     reasons: Counter[str] = Counter()
-    done = rejected = 0
+    done = rejected = samples = 0
     counted_at = time.monotonic()
     for shard, result in results:
         done += 1
         if isinstance(result, RejectedRow):
             rejected += 1
             reasons[result.reason.value] += 1
+        else:
+            samples += len(result.samples)
         if time.monotonic() - counted_at > _SECONDS_BETWEEN_COUNTS:
+            ranks.count(SAMPLES_DONE, samples)
             _count(ranks, done, rejected, reasons, max_reject_rate)
-            done = rejected = 0
+            done = rejected = samples = 0
             counted_at = time.monotonic()
         yield shard, result
+    ranks.count(SAMPLES_DONE, samples)
     _count(ranks, done, rejected, reasons, max_reject_rate)
 
 

@@ -58,12 +58,21 @@ def _told(stats: Mapping[str, Any]) -> Facts:
     rejected = {str(reason): int(count) for reason, count in stats["rejected"].items()}
     rows, written, cut = int(stats["rows"]), int(stats["written"]), int(stats["captions_cut"])
     numbers = {
-        "samples": f"{written:,}",
+        "samples": f"{int(stats.get('samples', written)):,}",
         "rows": f"{rows:,}",
         "rejected": f"{sum(rejected.values()):,} ({sum(rejected.values()) / rows:.1%})",
         "shards": f"{int(stats['shards']):,}",
         "size": format_bytes(int(stats["num_bytes"])),
         "captions cut": f"{cut:,}",
+    }
+    left_out = {str(name): float(each) for name, each in stats.get("left_out", {}).items()}
+    if left_out.get("seconds_left_out"):
+        share = left_out["seconds_left_out"] / (left_out["seconds_kept"] + left_out["seconds_left_out"])
+        numbers["of videos in no sample"] = f"{left_out['seconds_left_out']:,.1f} s ({share:.1%})"
+    numbers |= {
+        label: f"{left_out[name]:,.0f}"
+        for name, label in (("clips_dropped", "clips too short"), ("frames_cut", "frames cut off clips"))
+        if left_out.get(name)
     }
     splits = {str(name): int(count) for name, count in stats["splits"].items() if count}
     if len(splits) > 1:
@@ -137,6 +146,12 @@ def _plots_of_samples(stats: Mapping[str, Any]) -> list[Plot]:
     return [
         Bars(name="resolutions", title="Resolutions", unit="samples", values=most_common(resolutions)),
         Bars(name="aspect_ratios", title="Aspect ratios, nearest", unit="samples", values=_aspects(resolutions)),
+        Bars(
+            name="cropped",
+            title="Area cropped away, percent",
+            unit="samples",
+            values=_numbers(stats, "cropped_percent"),
+        ),
         Bars(name="frames", title="Frames (1 is a picture)", unit="samples", values=_numbers(stats, "num_frames")),
         Bars(name="fps", title="Frames per second of clips", unit="samples", values=_numbers(stats, "framerates")),
         Bars(name="caption_lengths", title="Caption tokens", unit="samples", values=_numbers(stats, "text_tokens")),

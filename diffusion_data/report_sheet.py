@@ -121,7 +121,7 @@ def _entry(
         psnr_first=None,
         psnr_last=None,
     )
-    source = None if sources is None else sources.frames_of(metadata)
+    source = None if sources is None else sources.frames_of(sample)
     if source is None or source[:shown].shape != decoded.shape:
         return entry
     source = source[:shown]

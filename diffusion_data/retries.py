@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.decoded_row import DecodedRow
 from diffusion_data.distributed import Ranks
 from diffusion_data.ledger import Ledger
-from diffusion_data.row_decoder import DecodedRow
 from diffusion_data.shard_plan import Shard
 from diffusion_data.sources import ParquetSource, Row
 

@@ -1,4 +1,4 @@
-"""Row -> DecodedRow (uint8 frames that the tokenizer takes, caption, metadata) or RejectedRow.
+"""Row -> DecodedRow (of each sample uint8 frames that the tokenizer takes, caption, metadata) or RejectedRow.
 
 A pure function of the row and the config, run in worker processes: nothing here touches a model.
 """
@@ -8,66 +8,25 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import random
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from hydra.utils import get_method
 
+from diffusion_data.clips import ClipLengths, LeftOut
+from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import RESERVED_FIELDS
-from diffusion_data.media import Frames, MediaConfig, MediaLoader, snapped
+from diffusion_data.media import MediaLoader
+from diffusion_data.media_config import MediaConfig
 from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample, checked_caption, is_unicode
 from diffusion_data.sources import Row
-
-_LONGEST_MESSAGE = 500  # characters
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedRow:
-    """pixels: uint8 (T, H, W, 3), T = 1 + k*t, H and W multiples of what the tokenizer takes."""
-
-    row: int
-    source_file: str
-    source_row: int
-    pixels: np.ndarray
-    framerate: float | None
-    image_height: int
-    image_width: int
-    caption: str
-    metadata: dict[str, Any]
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RejectedRow:
-    """A row that became no sample, and why: one line of rejected.jsonl."""
-
-    row: int
-    source_file: str
-    source_row: int
-    reason: Reason
-    message: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        own = {
-            "row": self.row,
-            "source_file": self.source_file,
-            "source_row": self.source_row,
-            "reason": self.reason.value,
-            "retryable": self.reason.retryable,
-            # A user's message may hold anything, a whole picture for one.
-            "message": self.message[:_LONGEST_MESSAGE].encode("utf-8", "backslashreplace").decode(),
-        }
-        return own | {name: value for name, value in self.metadata.items() if name not in own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +37,7 @@ class RowDecoder:
     temporal_compression: frames are trimmed to 1 + temporal_compression * t
     size_multiple: heights and widths are multiples of it
     empty_captions: reject, or embed: as the empty text
+    seed: with a row's index, of the random numbers that its process function is handed
     """
 
     process_func: str
@@ -87,15 +47,10 @@ class RowDecoder:
     temporal_compression: int
     size_multiple: int
     empty_captions: str = "reject"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        media = self.media
-        if media.num_frames and snapped(media.num_frames, self.temporal_compression) < media.min_frames:
-            kept = snapped(media.num_frames, self.temporal_compression)
-            raise UserError(
-                f"media.min_frames={media.min_frames}: media.num_frames={media.num_frames} leaves only {kept} frames, "
-                f"1 + k * {self.temporal_compression}"
-            )
+        ClipLengths.of(self.media, self.temporal_compression)  # refuses limits that leave no length
 
     def __call__(self, row: Row) -> DecodedRow | RejectedRow:
         started, cpu_started = time.perf_counter(), time.thread_time()
@@ -103,7 +58,9 @@ class RowDecoder:
         try:
             values = _Values(row.values)
             metadata = {column: _json_value(values.get(column), column) for column in self.metadata_columns}
-            sample, caption, frames = self._process(row, values)
+            media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
+            media.left_out = LeftOut()
+            samples = tuple(self._samples(row, values, metadata, media))
         except RowRejected as rejected:
             return RejectedRow(
                 row=row.index,
@@ -119,33 +76,50 @@ class RowDecoder:
             row=row.index,
             source_file=row.source_file,
             source_row=row.source_row,
-            pixels=np.ascontiguousarray(frames.pixels),
-            framerate=frames.fps,
-            image_height=frames.source_height,
-            image_width=frames.source_width,
-            caption=caption,
-            metadata=metadata | _checked_metadata(sample.metadata),
+            samples=samples,
+            left_out=media.left_out,
             seconds=time.perf_counter() - started,
             cpu_seconds=time.thread_time() - cpu_started,
         )
 
-    def _process(self, row: Row, values: _Values) -> tuple[MediaSample, str, Frames]:
+    def _samples(
+        self, row: Row, values: _Values, metadata: dict[str, Any], media: MediaLoader
+    ) -> Iterator[DecodedSample]:
         function = resolve_process_func(self.process_func)
-        media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
-        ours = {"media": media, "empty_captions": self.empty_captions}
+        rng = random.Random(f"{self.seed} {row.index}")
+        ours = {"media": media, "empty_captions": self.empty_captions, "rng": rng}
         arguments = {**self.arguments, **{name: ours[name] for name in handed_over(function)}}
         try:
-            sample = function(values, **arguments)
-            if not isinstance(sample, MediaSample):
-                raise TypeError(f"{self.process_func} returned {type(sample).__name__}, expected MediaSample")
-            caption = checked_caption(sample.caption, "caption", self.empty_captions)
-            _checked_metadata(sample.metadata)
-            return sample, caption, media.conform(sample.frames)
+            for sample in self._checked(function(values, **arguments)):
+                caption = checked_caption(sample.caption, "caption", self.empty_captions)
+                own_metadata = metadata | _checked_metadata(sample.metadata)
+                for frames, mirrored in media.variants(sample.frames):
+                    yield DecodedSample(
+                        pixels=np.ascontiguousarray(frames.pixels),
+                        framerate=frames.fps,
+                        image_height=frames.source_height,
+                        image_width=frames.source_width,
+                        caption=caption,
+                        metadata=own_metadata,
+                        start_seconds=frames.start_seconds,
+                        end_seconds=frames.end_seconds,
+                        mirrored=mirrored,
+                    )
         except RowRejected:
             raise
         # The user's own code may raise anything, or call sys.exit: the row's fault, not the job's.
         except (Exception, SystemExit) as error:
             raise RowRejected(Reason.process_func_error, _describe(error)) from error
+
+    def _checked(self, returned: object) -> Sequence[MediaSample]:
+        """The samples that the process function made of the row."""
+        returns = returned if isinstance(returned, list) else [returned]
+        samples = [each for each in returns if isinstance(each, MediaSample)]
+        if not samples or len(samples) < len(returns):
+            others = [type(each).__name__ for each in returns if not isinstance(each, MediaSample)]
+            told = others[0] if others else "an empty list"
+            raise TypeError(f"{self.process_func} returned {told}, expected MediaSample, or a list of them")
+        return samples
 
 
 class _Values(dict[str, Any]):
@@ -165,7 +139,7 @@ class _Values(dict[str, Any]):
 
 
 @functools.lru_cache(maxsize=8)
-def resolve_process_func(name: str) -> Callable[..., MediaSample]:
+def resolve_process_func(name: str) -> Callable[..., MediaSample | list[MediaSample]]:
     """The function of that importable name.
 
     Raises:
@@ -180,7 +154,7 @@ def resolve_process_func(name: str) -> Callable[..., MediaSample]:
 
 def handed_over(function: Callable[..., Any]) -> list[str]:
     """Parameters that a process function gets from the run instead of from its own options."""
-    return [name for name in ("media", "empty_captions") if name in inspect.signature(function).parameters]
+    return [name for name in ("media", "empty_captions", "rng") if name in inspect.signature(function).parameters]
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_data.latent_sample import LATENT_PART, PARTS, TEXT_PART, LatentSample, all_finite, sample_key
+from diffusion_data.latent_sample import LATENT_PART, PARTS, TEXT_PART, LatentSample, all_finite, parse_key
 from diffusion_data.safe_decoder import decode_part
 
 _END_OF_TAR = 1024  # bytes at least, all zero
@@ -24,6 +24,7 @@ _KEY_BYTES = 16
 class ShardFindings:
     """What a shard holds. Whatever is wrong is a line in `faults`, naming the key where there is one.
 
+    num_rows: that the samples are of, where the rows that they may be of are known
     offsets: where each sample begins in the tar and where the last one ends, as energon's index has them
     key_digests: uint64 (samples, 2)
     latent_shapes: samples of each shape "CxTxHxW"
@@ -31,11 +32,15 @@ class ShardFindings:
     """
 
     num_samples: int = 0
+    num_rows: int = 0
     faults: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     key_digests: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     latent_shapes: Counter[str] = field(default_factory=Counter)
     kinds: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+_Place = tuple[int, "int | None"]  # what parse_key gives
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def check_shard(path: Path, rows: range | None = None) -> ShardFindings:
     findings = ShardFindings()
     digests: list[bytes] = []
     seen: set[str] = set()
-    last_row = -1
+    last: _Place = (-1, None)
     for sample in _raw_samples(path, findings):
         findings.num_samples += 1
         findings.offsets.append(sample.offset)
@@ -65,12 +70,13 @@ def check_shard(path: Path, rows: range | None = None) -> ShardFindings:
             findings.faults.append(f"{sample.key}: a second sample with this key")
         seen.add(sample.key)
         if rows is not None:
-            row = _row_of(sample.key)
-            if row is None or row not in rows:
+            place = parse_key(sample.key)
+            if place is None or place[0] not in rows:
                 findings.faults.append(f"{sample.key}: none of the shard's rows [{rows.start}, {rows.stop})")
-            elif row <= last_row:
-                findings.faults.append(f"{sample.key}: comes after row {last_row}")
-            last_row = last_row if row is None else max(row, last_row)
+            else:
+                findings.num_rows += place[0] != last[0]
+                findings.faults += _order_faults(sample.key, place, last)
+                last = max(place, last, key=_in_order)
         findings.faults += [f"{sample.key}: {fault}" for fault in _check_sample(sample, findings, rows is not None)]
     findings.key_digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return findings
@@ -135,10 +141,20 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, part
 
 
-def _row_of(key: str) -> int | None:
-    digits = key.rpartition("_")[2]
-    row = int(digits) if digits.isascii() and digits.isdigit() else -1
-    return row if row >= 0 and sample_key(row) == key else None
+def _in_order(place: _Place) -> tuple[int, int]:
+    row, number = place
+    return row, number or 0
+
+
+def _order_faults(key: str, place: _Place, last: _Place) -> Iterator[str]:
+    """Rows go up; the samples of a row that has several count from 0, leaving none out."""
+    (row, number), (last_row, last_number) = place, last
+    if row < last_row or (row == last_row and None in (number, last_number)):
+        yield f"{key}: comes after row {last_row}"
+    elif number is not None:
+        expected = 0 if row != last_row or last_number is None else last_number + 1
+        if number != expected:
+            yield f"{key}: sample {number} of its row, expected {expected}"
 
 
 def _check_sample(raw: _RawSample, findings: ShardFindings, is_ours: bool) -> list[str]:

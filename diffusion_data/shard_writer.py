@@ -10,10 +10,10 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from diffusion_data.dataset_stats import DatasetStats
+from diffusion_data.decoded_row import RejectedRow
 from diffusion_data.durable_file import durable_file, remove_file
 from diffusion_data.encode_pipeline import EncodedShard
 from diffusion_data.ledger import Ledger, LedgerEntry
-from diffusion_data.row_decoder import RejectedRow
 
 
 class ShardWriter:
@@ -32,19 +32,22 @@ class ShardWriter:
         final = self._output_dir / shard.file_name
         stats = DatasetStats()
         rejected: list[RejectedRow] = []
-        written = 0
+        written = num_samples = 0
         encoded.wait()
         times = encoded.record.times
         try:
             with times.busy("write"), durable_file(final) as file:
                 with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                    for sample in encoded.samples():
-                        if isinstance(sample, RejectedRow):
-                            rejected.append(sample)
+                    for row in encoded.rows():
+                        if isinstance(row, RejectedRow):
+                            rejected.append(row)
                             continue
-                        tar.write({"__key__": sample.key, **sample.to_parts()})
-                        stats.add(sample)
+                        stats.add_left_out(row.left_out)
+                        for sample in row.samples:
+                            tar.write({"__key__": sample.key, **sample.to_parts()})
+                            stats.add(sample)
                         written += 1
+                        num_samples += len(row.samples)
                 if before is not None and not {row.row for row in rejected} < before.rejected_rows:
                     raise _NothingGained
                 if not written:
@@ -64,6 +67,7 @@ class ShardWriter:
             num_bytes=file.num_bytes if written else 0,
             sha256=file.sha256 if written else None,
             written=written,
+            samples=num_samples,
             captions_cut=encoded.captions_cut,
             fingerprint=self._ledger.fingerprint,
             rejected=[row.to_json() for row in rejected],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from diffusion_data.row_decoder import DecodedRow, RowDecoder
+from diffusion_data.decoded_row import DecodedRow
+from diffusion_data.latent_sample import LatentSample, parse_key
+from diffusion_data.row_decoder import RowDecoder
 from diffusion_data.sources import ParquetSource
 
 
@@ -23,18 +22,21 @@ class SourceFrames:
             self._first_rows[file.name] = first
             first += file.num_rows
 
-    def frames_of(self, metadata: Mapping[str, Any]) -> np.ndarray | None:
-        """uint8 (T, H, W, 3) of the sample with that json; None if its row doesn't give such frames now.
+    def frames_of(self, sample: LatentSample) -> np.ndarray | None:
+        """uint8 (T, H, W, 3) that the sample was made of; None if its row doesn't give such frames now.
 
         Raises:
             UserError: the source can't be read any more.
         """
+        metadata = sample.metadata
         first, row = self._first_rows.get(metadata.get("source_file", "")), metadata.get("source_row")
         if first is None or not isinstance(row, int) or not 0 <= first + row < self._source.num_rows:
             return None
         (values,) = self._source.read_rows(first + row, first + row + 1)
         decoded = self._decoder(values)
         expected = tuple(metadata.get(name) for name in ("num_frames", "height", "width"))
-        if not isinstance(decoded, DecodedRow) or decoded.pixels.shape[:3] != expected:
+        _, number = parse_key(sample.key) or (row, None)
+        if not isinstance(decoded, DecodedRow) or (number or 0) >= len(decoded.samples):
             return None
-        return decoded.pixels
+        pixels = decoded.samples[number or 0].pixels
+        return pixels if pixels.shape[:3] == expected else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from diffusion_data.finish import Totals, format_reasons
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.stage_times import WAITS
@@ -16,13 +18,14 @@ def summary(config: PrepareConfig, totals: Totals, rows_now: int, phase_seconds:
     lines = [
         f"{config.output_dir}: {totals.rows} rows = {totals.written} written "
         f"+ {sum(totals.rejected.values())} rejected",
-        f"  {totals.shards} shards, {totals.num_bytes / 1e6:.1f} MB; "
+        f"  {totals.samples} samples in {totals.shards} shards, {totals.num_bytes / 1e6:.1f} MB; "
         + ", ".join(f"{name} {count}" for name, count in totals.splits.items() if count),
     ]
     if totals.rejected:
         lines.append(f"  rejected: {format_reasons(totals.rejected)}; each in run/rejected.jsonl")
     if totals.captions_cut:
         lines.append(f"  {totals.captions_cut} captions cut to {config.text_encoder.max_length} tokens")
+    lines += left_out_lines(totals.left_out)
     if totals.batches_halved:
         lines.append(
             f"  {totals.batches_halved} batches were halved for lack of memory: lower batching.pixels_per_batch "
@@ -33,6 +36,19 @@ def summary(config: PrepareConfig, totals: Totals, rows_now: int, phase_seconds:
         lines.append("  made with the bundled tiny models, which are for trying out: name real ones to train on it")
     lines.append(f"  train: python scripts/train.py data.path={config.output_dir}")
     return "\n".join(lines)
+
+
+def left_out_lines(left_out: Mapping[str, float]) -> list[str]:
+    """What of videos is in no sample, if anything; left_out: the fields of LeftOut."""
+    told = []
+    if left_out.get("seconds_left_out"):
+        seconds = left_out["seconds_kept"] + left_out["seconds_left_out"]
+        told.append(f"{left_out['seconds_left_out']:.1f} of {seconds:.1f} s")
+    if left_out.get("clips_dropped"):
+        told.append(f"{left_out['clips_dropped']:.0f} clips too short")
+    if left_out.get("frames_cut"):
+        told.append(f"{left_out['frames_cut']:.0f} frames cut to lengths that are allowed")
+    return [f"  left out of videos: {', '.join(told)}"] if told else []
 
 
 def _times(totals: Totals, rows_now: int, phase_seconds: dict[str, float]) -> list[str]:

@@ -183,8 +183,10 @@ def _check_file(path: Path, entry: LedgerEntry | None) -> ShardFindings | str:
             found.faults.append("other bytes than were written")
     except OSError as error:
         return f"can't be read: {error}"
-    if entry is not None and found.num_samples != entry.written:
-        found.faults.append(f"{found.num_samples} samples, {entry.written} were written")
+    if entry is not None and found.num_samples != entry.samples:
+        found.faults.append(f"{found.num_samples} samples, {entry.samples} were written")
+    if entry is not None and found.num_rows != entry.written:
+        found.faults.append(f"samples of {found.num_rows} rows, {entry.written} rows were written")
     return found
 
 
@@ -234,13 +236,14 @@ def _stats_faults(
     try:
         stats = json.loads(read_plain_file(dataset / name))
         shapes = {"x".join(map(str, shape[:-1])): shape[-1] for shape in stats["latent_shapes"]}
-        told = {field: stats[field] for field in ("rows", "written", "rejected")}
+        told = {field: stats[field] for field in ("rows", "written", "samples", "rejected")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         yield f"{name}: can't be read ({type(error).__name__}: {error})"
         return
     expected: dict[str, Any] = {
         "rows": sum(entry.stop - entry.start for entry in entries),
         "written": sum(entry.written for entry in entries),
+        "samples": sum(entry.samples for entry in entries),
         "rejected": dict(Counter(row["reason"] for entry in entries for row in entry.rejected)),
     }
     for field_name, value in expected.items():

@@ -1,7 +1,9 @@
-"""A video file (seekable, binary) -> uint8 (T, h, w, 3) frames of its first clip, upright, resized as they come.
+"""A video file (seekable, binary) -> uint8 (N, h, w, 3) frames of its clips, upright, resized as they come.
 
-    container -> one stream -> decoded frames -> (seconds, frame) -> frames at the wanted fps -> RGB -> resize
+    container -> one stream -> decoded frames -> deinterlaced -> (seconds, frame) -> frames at the wanted fps
+              -> those in clips -> RGB -> resize
 
+A video is gone through once, however many clips there are; frames that are in none are decoded and nothing more.
 Decoding stops as soon as enough frames are there, and no more than one full-size frame is held. Only
 container formats that hold their own data are tried: a playlist can't make this open other files.
 """
@@ -15,12 +17,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from diffusion_data.clips import ClipCutter
+from diffusion_data.deinterlace import deinterlaced
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.resize import ResizePlan
 from diffusion_data.truncation import is_cut_short
 
 if TYPE_CHECKING:
-    from diffusion_data.media import MediaConfig
+    from diffusion_data.media_config import MediaConfig
 
 # No playlists, no image sequences, no devices; no raw streams either, whose probing takes noise for video.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,ivf,mxf,rm,nut,yuv4mpegpipe"
@@ -30,6 +34,8 @@ _SIGNATURES = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1a\x45\xdf\xa3"
                (0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"\0\0\x01\xba"), (0, b"DKIF"), (0, b".RMF"))  # fmt: skip
 
 _ATTACHED_PICTURE, _DEFAULT_TRACK = 1 << 10, 1 << 0  # libavformat's disposition bits
+_CONTAINER_TIME_BASE = 1_000_000  # libav's ticks a second, of what a container says of itself
+_SAME_FPS = 1.01  # 29.97 frames a second are as good as 30
 _FALLBACK_FPS = 25.0  # of a file with neither timestamps nor a rate
 
 
@@ -39,18 +45,27 @@ class _DamagedFrame(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedVideo:
-    """pixels uint8 (T, h, w, 3); source sizes in pixels, as stored, after rotation."""
+    """pixels uint8 (N, h, w, 3); source sizes in pixels, as stored, after rotation.
+
+    clips: (start, stop) of each in `pixels`; they overlap where they share frames
+    fps: of each clip
+    times: (start, end) in seconds at which each frame is shown, from the video's first frame
+    duration_seconds: of the video; None where it wasn't decoded to its end and doesn't tell
+    """
 
     pixels: np.ndarray
-    fps: float
+    clips: list[tuple[int, int]]
+    fps: list[float]
+    times: list[tuple[float, float]]
+    duration_seconds: float | None
     source_height: int
     source_width: int
 
 
 def decode_video(
-    file: BinaryIO, config: MediaConfig, plan_for: Callable[[int, int], ResizePlan], num_frames: int
+    file: BinaryIO, config: MediaConfig, plan_for: Callable[[int, int], ResizePlan], cutter: ClipCutter
 ) -> DecodedVideo:
-    """At most num_frames frames. plan_for(height, width) is asked once, for the upright display size."""
+    """The clips that cutter makes. plan_for(height, width) is asked once, for the upright display size."""
     import av
 
     file.seek(0)
@@ -78,32 +93,36 @@ def decode_video(
         # Sizes may grow inside a stream. libav counts padding too, so the exact check is ours, in _decoded.
         stream.codec_context.options = {"max_pixels": str(4 * config.max_pixels + 10**6)}
         try:
-            decoded = _first_clip(stream, _decoded(container, stream, config), config.fps, plan_for, num_frames)
+            decoded = _clips(stream, _decoded(container, stream, config), config, plan_for, cutter)
         except (av.error.FFmpegError, EOFError, _DamagedFrame) as error:
             raise _damaged(file, error) from error
     if decoded is None:
         raise RowRejected(_truncated_or(Reason.no_frames, file), "no frame in it")
-    if len(decoded.pixels) < num_frames and is_cut_short(file):
+    if not cutter.is_done and is_cut_short(file):
         raise RowRejected(Reason.truncated, "the file ends in the middle of the video")
     return decoded
 
 
-def _first_clip(
+def _clips(
     stream: Any,
     frames: Iterable[Any],
-    fps: float | None,
+    config: MediaConfig,
     plan_for: Callable[[int, int], ResizePlan],
-    num_frames: int,
+    cutter: ClipCutter,
 ) -> DecodedVideo | None:
     clock = FrameClock(float(stream.average_rate or stream.guessed_rate or _FALLBACK_FPS))
+    fps = wanted_fps(clock.average_fps, config)
     tolerance = min(0.001, float(stream.time_base or 0.001))  # timestamps are rounded to the time base
     to_rgb = _RgbConverter()
     plan: ResizePlan | None = None
-    seconds: list[float] = []
-    clip = bytearray()  # grows in place: frames in a list would all be there twice when they are joined
-    last_frame, height, width = None, 0, 0
+    times: list[tuple[float, float]] = []
+    taken = bytearray()  # grows in place: frames in a list would all be there twice when they are joined
+    last_frame, height, width, duration = None, 0, 0, 0.0
     pixels = np.empty((0, 0, 3), np.uint8)
-    for at_seconds, frame in frames_at(fps, clock.timed(frames), tolerance):
+    for at_seconds, shown_seconds, frame in frames_at(fps, clock.timed(frames), tolerance):
+        duration = at_seconds + shown_seconds
+        if not cutter.take(at_seconds, tolerance):
+            continue
         if frame is not last_frame:
             upright = turn_upright(to_rgb(frame), display_matrix(frame))
             if plan is None:
@@ -111,15 +130,41 @@ def _first_clip(
                 plan = plan_for(*_display_size(stream, frame, height, width))
             pixels = np.ascontiguousarray(plan.apply(upright[None])[0])
             last_frame = frame
-        clip += pixels.data
-        seconds.append(at_seconds)
-        if len(seconds) == num_frames:
+        taken += pixels.data
+        times.append((at_seconds, duration))
+        if cutter.is_done:
             break
-    if not seconds:
+    if not times:
         return None
-    measured = fps if fps is not None else clock.measured_fps(seconds)
-    frames_joined = np.frombuffer(clip, np.uint8).reshape(len(seconds), *pixels.shape)
-    return DecodedVideo(pixels=frames_joined, fps=measured, source_height=height, source_width=width)
+    clips = cutter.clips()
+    return DecodedVideo(
+        pixels=np.frombuffer(taken, np.uint8).reshape(len(times), *pixels.shape),
+        clips=clips,
+        fps=[fps or clock.measured_fps([start for start, _ in times[slice(*clip)]]) for clip in clips],
+        times=times,
+        duration_seconds=_declared_seconds(stream) if cutter.is_done else duration,
+        source_height=height,
+        source_width=width,
+    )
+
+
+def wanted_fps(source_fps: float, config: MediaConfig) -> float | None:
+    """What a video of that rate is resampled to; None for not at all."""
+    if not config.allowed_fps:
+        return config.fps
+    possible = [each for each in config.allowed_fps if each <= source_fps * _SAME_FPS]
+    if not possible:
+        raise RowRejected(
+            Reason.fps_too_low, f"{source_fps:g} fps, below all of media.allowed_fps={list(config.allowed_fps)}"
+        )
+    return max(possible)
+
+
+def _declared_seconds(stream: Any) -> float | None:
+    if stream.duration is not None and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    container = stream.container
+    return None if container.duration is None else container.duration / _CONTAINER_TIME_BASE
 
 
 class FrameClock:
@@ -156,8 +201,8 @@ class FrameClock:
 
 def frames_at(
     fps: float | None, timed: Iterable[tuple[float, float, Any]], tolerance: float
-) -> Iterator[tuple[float, Any]]:
-    """(seconds, frame shown at that time) for n / fps, n = 0, 1, ... until the video ends.
+) -> Iterator[tuple[float, float, Any]]:
+    """(seconds, seconds shown, frame shown at that time) for n / fps, n = 0, 1, ... until the video ends.
 
     The frame shown is the last one that is not later, so a frame may come several times. fps None gives
     every frame once.
@@ -165,14 +210,14 @@ def frames_at(
     count, previous, end = 0, None, 0.0
     for seconds, shown, frame in timed:
         if fps is None:
-            yield seconds, frame
+            yield seconds, shown, frame
             continue
         while previous is not None and count / fps < seconds - tolerance:
-            yield count / fps, previous
+            yield count / fps, 1 / fps, previous
             count += 1
         previous, end = frame, seconds + shown
     while fps is not None and previous is not None and count / fps < end - tolerance:
-        yield count / fps, previous
+        yield count / fps, 1 / fps, previous
         count += 1
 
 
@@ -261,7 +306,12 @@ def _best_stream(container: Any) -> Any:
 
 
 def _decoded(container: Any, stream: Any, config: MediaConfig) -> Iterator[Any]:
-    for frame in container.decode(stream):
+    frames = _checked(container.decode(stream), config)
+    return deinterlaced(frames) if config.deinterlace else frames
+
+
+def _checked(frames: Iterable[Any], config: MediaConfig) -> Iterator[Any]:
+    for frame in frames:
         if frame.is_corrupt:
             raise _DamagedFrame(f"the frame at {frame.time} s is damaged")
         _check_pixels(frame, config)

@@ -27,7 +27,7 @@ from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import decode_sample, frames_per_second, tokenizer_of
 from diffusion_data.durable_file import durable_file
 from diffusion_data.errors import UserError
-from diffusion_data.latent_sample import LATENT_PART, METADATA_PART, TEXT_PART, LatentSample
+from diffusion_data.latent_sample import LATENT_PART, METADATA_PART, TEXT_PART, LatentSample, parse_key
 from diffusion_data.picture_files import encode_file
 from diffusion_data.safe_decoder import decode_part
 from diffusion_data.scripts.preview_dataset import positive, printable
@@ -103,14 +103,20 @@ def statistics(value: Any) -> str:
 
 
 def sample_of(shard: Path, key: str) -> tuple[str, dict[str, bytes]]:
-    """Key and parts of that sample; its number, "42", is enough of a key."""
+    """Key and parts of that sample; the number of its row, "42", is enough of a key for the row's first."""
     keys = []
     for found, parts in read_parts(shard):
-        if found == key or (key.isdigit() and found.rpartition("_")[2].lstrip("0") == key.lstrip("0")):
+        if found == key or (key.isdecimal() and row_of(found) == int(key)):
             return found, parts
         keys.append(found)
     between = f"; its keys go from {keys[0]} to {keys[-1]}" if keys else ""
     raise UserError(f"{shard} has no sample {key}{between}")
+
+
+def row_of(key: str) -> int | None:
+    """The number in a key, also in one of another writer, which may be all of it."""
+    row, _ = parse_key(key) or (key.rpartition("_")[2], None)
+    return int(row) if isinstance(row, int) or row.isdecimal() else None
 
 
 def save(sample: LatentSample, tokenizer: CosmosTokenizer, file: Path) -> None:
@@ -149,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shard", type=Path)
     parser.add_argument("--samples", type=positive, default=20, help="lines of the table; default: %(default)s")
-    parser.add_argument("--key", help="show this sample only; its number is enough")
+    parser.add_argument("--key", help="show this sample only; its row's number is enough")
     parser.add_argument("--save", type=Path, help="file for what the sample of --key decodes to")
     parser.add_argument("--tokenizer", help="name or folder, for --save; default: what made the dataset")
     arguments = parser.parse_args(words)

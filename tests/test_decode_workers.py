@@ -17,11 +17,12 @@ import pytest
 
 from diffusion_data import decode_workers
 from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.media import Frames, MediaConfig
 from diffusion_data.process_funcs import MediaSample
 from diffusion_data.process_server import process_context
-from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
+from diffusion_data.row_decoder import RowDecoder
 from diffusion_data.sources import Row
 
 
@@ -86,17 +87,18 @@ def decode_one(value: dict[str, Any], **options: Any) -> DecodedRow | RejectedRo
 def test_a_row_becomes_frames_caption_and_metadata() -> None:
     done = decode_one({"value": 7, "score": 0.5}, metadata_columns=("score",), arguments={"suffix": "!"})
     assert isinstance(done, DecodedRow)
-    assert done.pixels.shape == (1, 32, 48, 3)
-    assert (done.pixels == 7).all()
+    assert done.samples[0].pixels.shape == (1, 32, 48, 3)
+    assert (done.samples[0].pixels == 7).all()
     assert (done.row, done.source_file, done.source_row) == (100, "a.parquet", 0)
-    assert (done.caption, done.metadata, done.framerate) == ("value 7!", {"score": 0.5}, None)
+    (sample,) = done.samples
+    assert (sample.caption, sample.metadata, sample.framerate) == ("value 7!", {"score": 0.5}, None)
 
 
 def test_frames_of_any_size_and_number_are_made_to_fit_the_tokenizer() -> None:
     done = decode_one({"size": (37, 50), "frames": 12, "fps": 8.0})
     assert isinstance(done, DecodedRow)
-    assert done.pixels.shape == (9, 32, 48, 3)
-    assert (done.image_height, done.image_width, done.framerate) == (37, 50, 8.0)
+    assert done.samples[0].pixels.shape == (9, 32, 48, 3)
+    assert (done.samples[0].image_height, done.samples[0].image_width, done.samples[0].framerate) == (37, 50, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_metadata_is_what_json_can_hold() -> None:
         metadata_columns=("when", "nan", "tags", "none"),
     )
     assert isinstance(done, DecodedRow)
-    assert done.metadata == {"when": "2024-05-17", "nan": None, "tags": [{"a": 0.5}], "none": None}
+    assert done.samples[0].metadata == {"when": "2024-05-17", "nan": None, "tags": [{"a": 0.5}], "none": None}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -219,13 +221,16 @@ def simple_decoder(row: Row) -> DecodedRow | RejectedRow:
         row=row.index,
         source_file=row.source_file,
         source_row=row.source_row,
-        pixels=np.full((1, 1, values.get("bytes", 3) // 3, 3), values["value"], np.uint8),
-        framerate=None,
-        image_height=1,
-        image_width=1,
-        caption="",
-        metadata={"pid": os.getpid()},
-        seconds=0.0,
+        samples=(
+            DecodedSample(
+                pixels=np.full((1, 1, values.get("bytes", 3) // 3, 3), values["value"], np.uint8),
+                framerate=None,
+                image_height=1,
+                image_width=1,
+                caption="",
+                metadata={"pid": os.getpid()},
+            ),
+        ),
     )
 
 
@@ -246,7 +251,11 @@ def is_running(pid: int) -> bool:
 
 def pid_of(result: DecodedRow | RejectedRow) -> int:
     assert isinstance(result, DecodedRow)
-    return result.metadata["pid"]
+    return result.samples[0].metadata["pid"]
+
+
+def pixels_of(results: Iterable[DecodedRow | RejectedRow]) -> list[np.ndarray]:
+    return [result.samples[0].pixels for result in results if isinstance(result, DecodedRow)]
 
 
 def kinds(results: Iterable[tuple[Any, DecodedRow | RejectedRow]]) -> list[str]:
@@ -261,7 +270,7 @@ def test_frames_that_wait_for_their_turn_are_bounded_in_bytes(monkeypatch: pytes
         most = 0
         for _ in range(11):
             time.sleep(0.03)  # for the workers, to run ahead as far as they may
-            waiting = [result.pixels.nbytes for result in workers._exchange._results.values()]
+            waiting = [result.samples[0].pixels.nbytes for result in workers._exchange._results.values()]
             most = max(most, sum(waiting))
             next(results)
         assert 6_000_000 <= most <= 7_000_000 + 3_000_000  # the next in turn always has room
@@ -272,7 +281,7 @@ def test_results_larger_than_the_bound_come_one_at_a_time(monkeypatch: pytest.Mo
     with DecodeWorkers(simple_decoder, 2) as workers:
         results = [result for _, result in workers.map(rows(*[{"bytes": 300_000} for _ in range(10)]))]
     assert [result.row for result in results] == list(range(100, 110))
-    assert [int(result.pixels.mean()) for result in results if isinstance(result, DecodedRow)] == list(range(10))
+    assert [int(pixels.mean()) for pixels in pixels_of(results)] == list(range(10))
 
 
 def test_a_worker_killed_while_it_sends_a_large_result_costs_nothing(
@@ -290,8 +299,8 @@ def test_a_worker_killed_while_it_sends_a_large_result_costs_nothing(
         time.sleep(0.3)
         os.kill(first_pid, signal.SIGKILL)
         rest = [result for _, result in results]
-    assert [result.pixels.nbytes for result in rest if isinstance(result, DecodedRow)] == [3, 200_000_001, 3]
-    assert int(rest[1].pixels.min()) == int(rest[1].pixels.max()) == 7  # type: ignore[union-attr]
+    assert [pixels.nbytes for pixels in pixels_of(rest)] == [3, 200_000_001, 3]
+    assert int(rest[1].samples[0].pixels.min()) == int(rest[1].samples[0].pixels.max()) == 7  # type: ignore[union-attr]
     assert pid_of(rest[0]) == first_pid != pid_of(rest[1])
 
 
@@ -399,7 +408,7 @@ def test_another_source_can_follow_one_that_was_left_early() -> None:
         next(early)
         early.close()
         results = [result for _, result in workers.map(rows(*[{"value": 2} for _ in range(5)]))]
-    assert [int(result.pixels[0, 0, 0, 0]) for result in results if isinstance(result, DecodedRow)] == [2] * 5
+    assert [int(pixels[0, 0, 0, 0]) for pixels in pixels_of(results)] == [2] * 5
 
 
 def be_a_rank(flags: list[str]) -> None:

@@ -16,6 +16,7 @@ from diffusion_data.latent_sample import (
     all_finite,
     build_metadata,
     largest_magnitude,
+    parse_key,
     sample_key,
 )
 
@@ -77,7 +78,8 @@ def test_metadata_has_the_documented_fields_and_the_kept_columns() -> None:
         "source_row": 7,
         "score": 5.5,
     }
-    assert set(metadata()) == RESERVED_FIELDS
+    of_clips = {"start_seconds", "end_seconds", "mirrored"}  # there only where they mean something
+    assert set(metadata()) | of_clips == RESERVED_FIELDS
 
 
 def test_equal_samples_give_equal_bytes_also_when_cut_from_a_batch() -> None:
@@ -94,6 +96,28 @@ def test_equal_samples_give_equal_bytes_also_when_cut_from_a_batch() -> None:
 
 def test_keys_are_the_row_number_and_one_part_before_the_first_dot() -> None:
     assert sample_key(42) == "samples/sample_000000042"
+    assert [sample_key(42, number, 2) for number in range(2)] == [
+        "samples/sample_000000042_000",
+        "samples/sample_000000042_001",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        (sample_key(42), (42, None)),
+        (sample_key(10**9 + 7), (10**9 + 7, None)),
+        (sample_key(42, 0, 3), (42, 0)),
+        (sample_key(42, 1234, 2000), (42, 1234)),
+        ("samples/sample_0000000042", None),
+        ("samples/sample_000000042_01", None),
+        ("samples/sample_000000042_0001", None),
+        ("samples/sample_42", None),
+        ("000042", None),
+    ],
+)
+def test_a_key_leads_back_to_its_row_and_no_other_text_does(key: str, place: tuple[int, int | None] | None) -> None:
+    assert parse_key(key) == place
 
 
 def test_a_sample_as_nemo_writes_it_loads() -> None:

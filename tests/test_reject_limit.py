@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import Reason, UserError
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED
 from diffusion_data.reject_limit import counted
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
 from diffusion_data.shard_plan import Shard
 from tests.test_distributed import ranks
 from tests.test_encode_pipeline import decoded

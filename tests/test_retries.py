@@ -9,9 +9,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.media import MediaLoader
@@ -19,7 +21,6 @@ from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
 from diffusion_data.retries import shards_that_gain
-from diffusion_data.row_decoder import DecodedRow, RejectedRow
 from diffusion_data.shard_plan import Shard
 from diffusion_data.sources import ParquetSource, Row
 from tests.small_source import prepare_config, source_rows, write_source
@@ -203,15 +204,18 @@ def test_ranks_share_the_rows_and_learn_the_same(tmp_path: Path) -> None:
         ]
         ledger.write(
             LedgerEntry(shard=shard.number, start=shard.start, stop=shard.stop, file=None, num_bytes=0, sha256=None,
-                        written=0, captions_cut=0, fingerprint="fingerprint", rejected=rejected)
+                        written=0, samples=0, captions_cut=0, fingerprint="fingerprint", rejected=rejected)
         )  # fmt: skip
     tried: list[int] = []
 
     def decode(row: Row) -> DecodedRow | RejectedRow:
         tried.append(row.index)
         if row.index in (9, 21, 38):  # 38 is not one to try again
-            return DecodedRow(row=row.index, source_file="", source_row=0, pixels=None, framerate=None, image_height=0,
-                              image_width=0, caption="", metadata={})  # type: ignore[arg-type]  # fmt: skip
+            pixels = np.zeros((1, 1, 1, 3), np.uint8)
+            sample = DecodedSample(
+                pixels=pixels, framerate=None, image_height=1, image_width=1, caption="", metadata={}
+            )
+            return DecodedRow(row=row.index, source_file="", source_row=0, samples=(sample,))
         return RejectedRow(row=row.index, source_file="", source_row=0, reason=Reason.fetch_error, message="")
 
     found: dict[int, set[int]] = {}

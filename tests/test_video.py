@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from diffusion_data.clips import ClipCutter
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import MediaConfig
 from diffusion_data.resize import ResizePlan
@@ -25,7 +26,7 @@ def as_it_is(height: int, width: int) -> ResizePlan:
 
 def decode(path: Path, num_frames: int = 1000, **options: Any) -> DecodedVideo:
     with path.open("rb") as file:
-        return decode_video(file, MediaConfig(**options), as_it_is, num_frames)
+        return decode_video(file, MediaConfig(**options), as_it_is, ClipCutter(num_frames))
 
 
 def reason(path: Path, **options: Any) -> Reason:
@@ -36,7 +37,7 @@ def reason(path: Path, **options: Any) -> Reason:
 
 def reason_of(data: bytes, num_frames: int) -> Reason:
     with pytest.raises(RowRejected) as rejected:
-        decode_video(io.BytesIO(data), MediaConfig(), as_it_is, num_frames)
+        decode_video(io.BytesIO(data), MediaConfig(), as_it_is, ClipCutter(num_frames))
     return rejected.value.reason
 
 
@@ -53,14 +54,14 @@ def test_every_stored_frame_at_the_source_rate(tmp_path: Path, suffix: str, code
     video = decode(write_video(tmp_path / f"a.{suffix}", 12, fps=10, codec=codec))
     assert frame_numbers(video.pixels) == list(range(12))
     assert video.pixels.shape == (12, 64, 96, 3)
-    assert (video.fps, video.source_height, video.source_width) == (10.0, 64, 96)
+    assert (video.fps[0], video.source_height, video.source_width) == (10.0, 64, 96)
 
 
 def test_lower_rate_takes_the_frame_shown_at_that_time(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 12, fps=12)
     assert frame_numbers(decode(path, fps=4).pixels) == [0, 3, 6, 9]
     assert frame_numbers(decode(path, fps=5).pixels) == [0, 2, 4, 7, 9]
-    assert decode(path, fps=5).fps == 5.0
+    assert decode(path, fps=5).fps == [5.0]
 
 
 def test_higher_rate_repeats_frames(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_variable_frame_rate_follows_the_clock(tmp_path: Path, suffix: str) -> N
     assert numbers[:31] == expected
     whole = decode(path)
     assert len(whole.pixels) == len(times)
-    assert whole.fps == pytest.approx(25 / 3, rel=0.01)
+    assert whole.fps[0] == pytest.approx(25 / 3, rel=0.01)
 
 
 def test_decoding_stops_when_enough_frames_are_there(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_decoding_stops_when_enough_frames_are_there(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     quarter = len(data) // 4
     data[-quarter:] = b"\xff" * quarter  # destroys the last frames
-    video = decode_video(io.BytesIO(bytes(data)), MediaConfig(), as_it_is, 6)
+    video = decode_video(io.BytesIO(bytes(data)), MediaConfig(), as_it_is, ClipCutter(6))
     assert len(video.pixels) == 6
     assert reason_of(bytes(data), 40) == Reason.decode_error
 
@@ -117,7 +118,7 @@ def test_frames_are_resized_one_by_one(tmp_path: Path) -> None:
 
     plan = Plan(cover_height=32, cover_width=48, height=32, width=48)
     with path.open("rb") as file:
-        video = decode_video(file, MediaConfig(), lambda height, width: plan, 5)
+        video = decode_video(file, MediaConfig(), lambda height, width: plan, ClipCutter(5))
     assert shapes == [(1, 128, 192, 3)] * 5
     assert video.pixels.shape == (5, 32, 48, 3)
     assert (video.source_height, video.source_width) == (128, 192)
