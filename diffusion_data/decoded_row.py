@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from diffusion_data.clips import LeftOut
 from diffusion_data.errors import Reason
 from diffusion_data.latent_sample import build_metadata
+from diffusion_data.shared_frames import join_overlapping
 
 _LONGEST_MESSAGE = 500  # characters
 
@@ -52,6 +53,20 @@ class DecodedRow:
 
     def __post_init__(self) -> None:
         assert self.samples, "a row without a sample is a RejectedRow"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the way between processes: frames that clips have in common go once."""
+        arrays, places = join_overlapping([sample.pixels for sample in self.samples])
+        samples = [replace(sample, pixels=arrays[0][:0]) for sample in self.samples]
+        return {**vars(self), "samples": samples, "arrays": arrays, "places": places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays, places = state.pop("arrays"), state.pop("places")
+        samples = tuple(
+            replace(sample, pixels=arrays[array][start:stop])
+            for sample, (array, start, stop) in zip(state["samples"], places, strict=True)
+        )
+        vars(self).update({**state, "samples": samples})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -69,6 +69,13 @@ class Frames:
         return int(self.pixels.shape[2])
 
 
+class _Seconds(NamedTuple):
+    """Of a video: those in clips, and all; None where that isn't known."""
+
+    kept: float
+    duration: float | None
+
+
 class MediaLoader:
     """References -> conforming Frames. Picklable; holds no open file.
 
@@ -96,7 +103,7 @@ class MediaLoader:
 
     def conform(self, frames: Frames) -> Frames:
         """Resamples, trims and resizes frames that a user's own function made; what is right stays as it is."""
-        (conforming,) = self._conform(frames, max_clips=1)
+        (conforming,) = self._conform(frames, max_clips=1)[0]
         return conforming
 
     def variants(self, frames: Frames) -> Iterator[tuple[Frames, bool | None]]:
@@ -119,9 +126,9 @@ class MediaLoader:
         if reference is None or (isinstance(reference, float) and math.isnan(reference)):
             raise RowRejected(Reason.null_media, "the media column is null")
         if isinstance(reference, Frames):
-            return self._conform(reference, max_clips)
+            return self._counted(*self._conform(reference, max_clips))
         if isinstance(reference, np.ndarray):
-            return self._conform(_from_array(reference, self.config.fps), max_clips)
+            return self._counted(*self._conform(_from_array(reference, self.config.fps), max_clips))
         if isinstance(reference, Image.Image):
             return [self._decode_image(reference, io.BytesIO())]
         if isinstance(reference, (bytes, bytearray, memoryview)):
@@ -145,21 +152,23 @@ class MediaLoader:
         if image is not None:
             return [self._decode_image(image, file)]
         _refuse_unsupported(head)
-        return self._kept(decode_video(file, self.config, self._plan, self._cutter(max_clips)))
+        video = decode_video(file, self.config, self._plan, self._cutter(max_clips))
+        return self._counted(*self._kept(video))
 
-    def _conform(self, frames: Frames, max_clips: int) -> list[Frames]:
+    def _conform(self, frames: Frames, max_clips: int) -> tuple[list[Frames], _Seconds]:
         if frames.fps is None and frames.num_frames == 1:
-            return [self._resized(frames, self.config.short_side)]
+            return [self._resized(frames, self.config.short_side)], _Seconds(0.0, None)
         pixels, fps = frames.pixels, frames.fps
         wanted = None if fps is None else wanted_fps(fps, self.config)
         if fps is not None and wanted is not None and not math.isclose(fps, wanted, rel_tol=1e-6):
             pixels, fps = _resample(pixels, fps, wanted), wanted
-        clips = self._kept(_cut(replace(frames, pixels=pixels, fps=fps), self._cutter(max_clips)))
+        clips, seconds = self._kept(_cut(replace(frames, pixels=pixels, fps=fps), self._cutter(max_clips)))
         if frames.start_seconds is not None and len(clips[0].pixels) == len(pixels):
             clips = [replace(clips[0], start_seconds=frames.start_seconds, end_seconds=frames.end_seconds)]
         if fps is None:
             clips = [replace(clip, fps=None, start_seconds=None, end_seconds=None) for clip in clips]
-        return [self._resized(clip, self.config.short_side) for clip in clips]
+            seconds = _Seconds(0.0, None)
+        return [self._resized(clip, self.config.short_side) for clip in clips], seconds
 
     def _cutter(self, max_clips: int) -> ClipCutter:
         longest, clips = self._lengths.longest, self.config.clips
@@ -208,7 +217,7 @@ class MediaLoader:
                 f"{width} x {height} pixels, beyond media.max_aspect_ratio={self.config.max_aspect_ratio}",
             )
 
-    def _kept(self, video: DecodedVideo) -> list[Frames]:
+    def _kept(self, video: DecodedVideo) -> tuple[list[Frames], _Seconds]:
         """The clips that are long enough, each cut to a length that is allowed."""
         if self._lengths.longest is None and len(video.pixels) > self.config.max_frames:
             raise RowRejected(
@@ -238,18 +247,19 @@ class MediaLoader:
             )
         if not clips:
             self._refuse_short(max(stop - start for start, stop in video.clips))
-        self._count_seconds(covered_seconds(spans), video.duration_seconds)
-        return clips
+        return clips, _Seconds(covered_seconds(spans), video.duration_seconds)
 
     def _refuse_short(self, num_frames: int) -> NoReturn:
         kept = self._lengths.cut(num_frames)
         cut = f", cut to {kept}" if kept else ""
         raise RowRejected(Reason.too_few_frames, f"{num_frames} frames{cut}, less than {self._lengths.shortest_option}")
 
-    def _count_seconds(self, kept: float, duration: float | None) -> None:
-        self.left_out.seconds_kept += kept
-        if duration is not None:
-            self.left_out.seconds_left_out += max(0.0, duration - kept)
+    def _counted(self, clips: list[Frames], seconds: _Seconds) -> list[Frames]:
+        """Seconds are counted where media is loaded, for it is conformed once more when it has become a sample."""
+        self.left_out.seconds_kept += seconds.kept
+        if seconds.duration is not None:
+            self.left_out.seconds_left_out += max(0.0, seconds.duration - seconds.kept)
+        return clips
 
 
 def _unwrap(struct: Mapping[str, Any]) -> Any:

@@ -62,8 +62,8 @@ class MediaConfig:
     """Frames a second that videos are resampled to, by timestamp. None takes every stored frame; a clip of
     variable frame rate then keeps its uneven steps."""
     allowed_fps: tuple[float, ...] = ()
-    """Rates that clips may have, instead of one: a video is resampled to the highest that is not above its own, by
-    more than 1%, and rejected if all are. [] allows every rate."""
+    """Rates that clips may have, instead of one: a video is resampled to the highest that is not above its own, and
+    rejected if all are. One within 1% of its own counts as its own, which it then keeps. [] allows any rate."""
     num_frames: int | None = None
     """Most frames of a sample: a longer video is cut to its first clip, and no more than that is decoded. Any
     number; the result has the largest 1 + k * t that fits, t being the tokenizer's temporal compression."""

@@ -149,7 +149,7 @@ def _clips(
 
 
 def wanted_fps(source_fps: float, config: MediaConfig) -> float | None:
-    """What a video of that rate is resampled to; None for not at all."""
+    """What a video of that rate is resampled to, which also evens out a variable rate; None for not at all."""
     if not config.allowed_fps:
         return config.fps
     possible = [each for each in config.allowed_fps if each <= source_fps * _SAME_FPS]
@@ -157,7 +157,9 @@ def wanted_fps(source_fps: float, config: MediaConfig) -> float | None:
         raise RowRejected(
             Reason.fps_too_low, f"{source_fps:g} fps, below all of media.allowed_fps={list(config.allowed_fps)}"
         )
-    return max(possible)
+    # Nearly the same rate is left as it is: to make 30 of 29.97 shows a frame twice, mostly the first of a clip.
+    highest = max(possible)
+    return highest if highest * _SAME_FPS < source_fps else source_fps
 
 
 def _declared_seconds(stream: Any) -> float | None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from diffusion_data.errors import UserError
+from diffusion_data.errors import RowRejected, UserError
 from diffusion_data.media import MediaLoader
+from diffusion_data.media_config import MediaConfig
 from diffusion_data.prepare_config import TextEncoderConfig
 from diffusion_data.prepare_energon_dataset import prepare
-from diffusion_data.process_funcs import MediaSample
+from diffusion_data.process_funcs import MediaSample, media_caption
 from tests.small_source import picture_bytes, prepare_config, write_source
 from tests.test_prepare import read_samples
 
@@ -66,6 +69,84 @@ def test_null_and_empty_captions_are_rejected_unless_they_are_to_be_embedded(tmp
         np.testing.assert_array_equal(sample.text_embedding, empty)
         assert sample.metadata["num_text_tokens"] == len(empty) > 0
     assert not np.array_equal(samples[0].text_embedding, empty)
+
+
+def media_of(**options: Any) -> MediaLoader:
+    return MediaLoader(MediaConfig(short_side=48, **options), "/nowhere", 4, 16)
+
+
+def captions_drawn(seed: int, cells: dict[str, Any], **arguments: Any) -> list[str | None]:
+    """Of 40 samples of a row."""
+    rng = random.Random(seed)
+    row = {"media": picture_bytes(0), **cells}
+    samples = [media_caption(row, media=media_of(), rng=rng, **arguments) for _ in range(40)]
+    return [sample.caption for sample in samples if isinstance(sample, MediaSample)]
+
+
+def test_one_of_several_captions_is_drawn_and_blank_ones_never() -> None:
+    cells = {"short": "a cat", "long": ["a cat on a mat", None, " "], "none": None}
+    drawn = captions_drawn(0, cells, caption_column=["short", "long", "none"])
+    assert set(drawn) == {"a cat", "a cat on a mat"}
+    assert drawn == captions_drawn(0, cells, caption_column=["short", "long", "none"])
+    assert drawn != captions_drawn(1, cells, caption_column=["short", "long", "none"])
+    with pytest.raises(RowRejected, match=r"null_caption: none, long is null"):
+        captions_drawn(0, {"none": None, "long": [None]}, caption_column=["none", "long"])
+    assert set(captions_drawn(0, {"long": []}, caption_column="long", empty_captions="embed")) == {""}
+
+
+def test_captions_that_could_have_been_drawn_are_kept_on_request() -> None:
+    row = {"media": picture_bytes(0), "short": "a cat", "long": "a cat on a mat"}
+    sample = media_caption(row, media=media_of(), caption_column=["short", "long"], keep_captions=True)
+    assert isinstance(sample, MediaSample)
+    assert sample.metadata == {"captions": ["a cat", "a cat on a mat"]}
+    assert sample.caption in sample.metadata["captions"]
+
+
+def test_a_template_takes_the_caption_and_columns() -> None:
+    cells = {"caption": "a cat", "style": "ink", "year": 1901, "artist": None}
+    template = "{style} drawing of {caption} ({year}){artist}, {{braces}}"
+    assert set(captions_drawn(0, cells, caption_template=template)) == {"ink drawing of a cat (1901), {braces}"}
+    assert set(captions_drawn(0, {"caption": ""}, caption_template="a {caption}", empty_captions="embed")) == {""}
+    with pytest.raises(RowRejected, match="caption_not_text: style holds list, expected text or a number"):
+        captions_drawn(0, {"caption": "a", "style": [1]}, caption_template="{caption} {style}")
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{caption.__class__}", "nothing else"),
+        ("{caption[0]}", "nothing else"),
+        ("{caption!r}", "nothing else"),
+        ("{caption:>1000000000}", "nothing else"),
+        ("{caption} {}", "nothing else"),
+        ("a {style}", r"has no \{caption\}, the place for the caption"),
+        ("{caption", "is no template"),
+        ("{caption} {colour}", "process_func.caption_template: there is no column 'colour'"),
+    ],
+)
+def test_a_template_that_is_more_than_names_of_columns_is_refused(tmp_path: Path, template: str, told: str) -> None:
+    func = {"_target_": "diffusion_data.process_funcs.media_caption", "caption_template": template}
+    config = prepare_config(source_of(tmp_path, ["a circle"]), tmp_path / "out", process_func=func)
+    with pytest.raises(UserError, match=told):
+        prepare(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_drawn_follows_from_seed_and_row_and_belongs_to_the_dataset(tmp_path: Path) -> None:
+    func = {"_target_": "diffusion_data.process_funcs.media_caption", "caption_column": ["caption", "other"]}
+    rows = [
+        {"media": {"bytes": picture_bytes(0), "path": None}, "caption": f"a {row}", "other": f"b {row}", "score": 0.0}
+        for row in range(12)
+    ]
+    source = write_source(tmp_path / "source.parquet", rows)
+    one = prepare_config(source, tmp_path / "one", process_func=func, seed=1)
+    prepare(one)
+    prepare(replace(one, output_dir=str(tmp_path / "again"), num_workers=2, samples_per_shard=5))
+    captions = [sample.metadata["caption"] for sample in read_samples(tmp_path / "one")]
+    assert {caption[0] for caption in captions} == {"a", "b"}
+    assert [sample.metadata["caption"] for sample in read_samples(tmp_path / "again")] == captions
+    with pytest.raises(UserError, match=r"other settings.*process_func\.seed: 1 -> 2"):
+        prepare(replace(one, seed=2))
 
 
 def without_caption(row: dict[str, Any], *, media: MediaLoader) -> MediaSample:

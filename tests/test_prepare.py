@@ -8,7 +8,7 @@ import io
 import json
 import pickle
 import tarfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -405,7 +405,7 @@ def test_the_options_file_lists_every_option_with_its_default() -> None:
     """Options that are not in configs/prepare.yaml can't be set on the command line."""
     listed = yaml.safe_load((Path(__file__).parent.parent / "configs/prepare.yaml").read_text())
     for group, kind in [("media", MediaConfig), ("batching", BatchingConfig)]:
-        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(kind()).items()}
+        defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(kind()).items()}
         assert listed[group] == defaults
     for group, kind in [("tokenizer", TokenizerConfig), ("text_encoder", TextEncoderConfig)]:
         assert set(listed[group]) == {each.name for each in fields(kind)}

@@ -67,6 +67,7 @@ def bad_rows(folder: Path, url: str) -> list[tuple[Reason | None, str, dict[str,
         (Reason.decode_error, "the picture can't be decoded", {"bytes": PNG[:12] + b"XXXX" + PNG[16:]}),
         (Reason.no_frames, "", {"bytes": no_frames}),
         (Reason.too_few_frames, "less than media.min_frames=9", {"bytes": clip_bytes(1, num_frames=8)}),
+        (Reason.fps_too_low, "below all of media.allowed_fps=[8.0]", {"bytes": clip_bytes(1, fps=5)}),
         (Reason.too_small, "less than media.min_side=16", {"bytes": grey(15, 64)}),
         (Reason.too_large, "more than media.max_pixels=100000", {"bytes": grey(400, 400)}),
         (Reason.too_large, "more than media.max_fetch_bytes=900", {"path": f"{url}/large_announced"}),
@@ -120,6 +121,7 @@ def test_every_reason_is_told_exactly_and_nothing_else_is_lost(tmp_path: Path, s
             max_fetch_bytes=900,
             max_pixels=100_000,
             min_frames=9,
+            allowed_fps=(8.0,),
         ),
     )
     encoders = load_encoders(config, torch.device("cpu"))
@@ -150,7 +152,7 @@ def test_every_reason_is_told_exactly_and_nothing_else_is_lost(tmp_path: Path, s
         assert expected[line["row"]][1] in line["message"], line
     assert {line["reason"] for line in lines} == {reason.value for reason in Reason}  # none was forgotten
     assert totals is not None
-    assert (totals.rows, totals.written, sum(totals.rejected.values())) == (34, 4, 30)
+    assert (totals.rows, totals.written, sum(totals.rejected.values())) == (35, 4, 31)
     assert totals.written == sum(reason is None for reason, _, _ in expected)
 
 
