@@ -23,16 +23,8 @@ from diffusion_data.fetch import Fetcher
 from diffusion_data.images import decode_image, open_image
 from diffusion_data.media_config import MediaConfig
 from diffusion_data.resize import ResizePlan, plan_bucket, plan_resize
+from diffusion_data.unsupported_media import refuse_unsupported
 from diffusion_data.video import DecodedVideo, decode_video, wanted_fps
-
-# Formats that are media but that nothing here reads: better named than called "not media".
-_UNSUPPORTED = (
-    (0, b"%!PS", "PostScript"), (0, b"\xc5\xd0\xd3\xc6", "PostScript"), (0, b"%PDF", "PDF"), (0, b"8BPS", "Photoshop"),
-    (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"), (4, b"ftypheic", "HEIC"), (4, b"ftypheix", "HEIC"),
-    (4, b"ftyphevc", "HEIC"), (4, b"ftypmif1", "HEIF"), (4, b"ftypmsf1", "HEIF"), (4, b"ftypavif", "AVIF"),
-    (4, b"ftypavis", "AVIF"), (0, b"v/1\x01", "OpenEXR"), (0, b"#?RADIANCE", "Radiance HDR"), (0, b"DDS ", "DDS"),
-    (0, b"#EXTM3U", "playlist"), (0, b"ffconcat", "playlist"), (0, b"<svg", "SVG"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +143,7 @@ class MediaLoader:
         image = open_image(file, self.config)
         if image is not None:
             return [self._decode_image(image, file)]
-        _refuse_unsupported(head)
+        refuse_unsupported(head)
         video = decode_video(file, self.config, self._plan, self._cutter(max_clips))
         return self._counted(*self._kept(video))
 
@@ -303,13 +295,3 @@ def _resample(pixels: np.ndarray, source_fps: float, fps: float) -> np.ndarray:
     """The frame shown at each n / fps, as for video files."""
     wanted = np.arange(max(1, math.ceil(len(pixels) / source_fps * fps - 1e-6)))
     return pixels[np.minimum((wanted / fps * source_fps + 1e-6).astype(int), len(pixels) - 1)]
-
-
-def _refuse_unsupported(head: bytes) -> None:
-    for offset, mark, name in _UNSUPPORTED:
-        if head[offset : offset + len(mark)] == mark or (name == "SVG" and _looks_like_svg(head)):
-            raise RowRejected(Reason.unsupported_format, f"{name} is not supported")
-
-
-def _looks_like_svg(head: bytes) -> bool:
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<svg", b"<?xml")) and b"<svg" in head
