@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion_data.errors import UserError
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
+from diffusion_data.errors import UserError
 from diffusion_data.parallel_ranks import data_parallel, gradient_accumulation_steps
 from tests.rank_processes import run_ranks
 
