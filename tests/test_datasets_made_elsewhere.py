@@ -1,4 +1,4 @@
-"""Datasets as NeMo's and DFM's scripts write them: a leading dot in part names, a batch axis, padded text, few fields."""
+"""Datasets as NeMo's and DFM's scripts write them: dots before part names, a batch axis, padded text, few fields."""
 
 import io
 import json
