@@ -28,6 +28,7 @@ from diffusion_data.energon_loaders import (
     loader_options,
     log_sample_error,
     pass_batches_on,
+    restore,
     usable_workers,
     use_pinned_memory,
 )
@@ -240,7 +241,7 @@ class DiffusionDataModule(LightningDataModule):
         self._set_up_loader(loader)
         self._saved = None
         if saved is not None:
-            loader.restore_state_rank(saved["ranks"][config.rank])
+            restore(loader, saved["ranks"][config.rank])
         done = 0 if saved is None else saved["batches_done"]
         return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=self._any_batch)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.energon import SavableDataLoader
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron.energon.worker import WorkerConfig
 
 from diffusion_data.errors import UserError
@@ -168,6 +169,20 @@ def loader_options(config: WorkerConfig) -> dict[str, Any]:
         # Collecting garbage every 10 batches helps a worker; in the training process it takes 0.2 s each time.
         options["gc_collect_every_n_steps"] = 0
     return options
+
+
+def restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
+    """Go to the place that was saved.
+
+    energon forgets, for a worker that has given nothing since, how many batches it has to skip from its last checkpoint
+    on: if the place is saved again, these would come twice.
+    """
+    loader.restore_state_rank(state)
+    if state is None or loader.num_workers == 0:
+        return
+    for worker, saved in enumerate(state.worker_states):
+        if saved.state is not None:
+            loader._worker_sample_counters[worker] = saved.state.sample_index + saved.offset - 1
 
 
 def use_pinned_memory(loader: torch.utils.data.DataLoader[Any], wanted: bool) -> None:

@@ -165,6 +165,21 @@ def test_resumes_with_workers_outside_lightning(ten):
     assert len(rest) == 3
 
 
+def test_a_place_that_was_resumed_and_saved_again_is_the_right_one(ten):
+    """Also of a worker that has given nothing since it was resumed."""
+    options = {"num_workers": 2, "virtual_epoch_length": 12}
+    stream = rows(module(ten, **options).train_dataloader())
+    state, seen = {}, []
+    for batches in (5, 1, 2):
+        resumed = module(ten, **options)
+        resumed.load_state_dict(state)
+        iterator = iter(resumed.train_dataloader())
+        seen += rows(next(iterator) for _ in range(batches))
+        state = through_a_checkpoint(resumed.state_dict())
+        resumed.teardown()
+    assert seen == stream[:8]
+
+
 def test_goes_on_after_its_workers_were_ended(ten):
     data = module(ten, num_workers=1)
     iterator = iter(data.train_dataloader())

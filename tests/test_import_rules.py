@@ -22,6 +22,8 @@ ONLINE = {
     "energon_loaders",
     "epoch_length",
     "epoch_shuffle",
+    "fake_latents",
+    "fake_loader",
     "latent_scaling",
     "loader_state",
     "packed_layout",
