@@ -37,10 +37,15 @@ class DatasetFolder:
     """What a checked dataset holds."""
 
     path: EPath
-    samples: dict[str, int]
-    """Samples of each split."""
+    shards: dict[str, dict[str, int]]
+    """Samples of each shard of each split."""
     identity: str
     """Equal for a copy of the dataset elsewhere, different for another dataset."""
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {name: sum(counts.values()) for name, counts in self.shards.items()}
 
 
 def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
@@ -69,7 +74,7 @@ def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
     _check_shards(root, shards, counts)
     return DatasetFolder(
         path=root,
-        samples={name: sum(counts[shard] for shard in listed) for name, listed in shards.items()},
+        shards={name: {shard: counts[shard] for shard in listed} for name, listed in shards.items()},
         identity=_identity(root, shards, counts),
     )
 
@@ -88,12 +93,22 @@ def _check_class(root: EPath) -> None:
             f"{root}/{_META}/dataset.yaml names the class {named[0]}.{named[1]}; only "
             f"megatron.energon.CrudeWebdataset is opened. Prepare the dataset again with that sample type"
         )
-    subflavors = fields.get("subflavors") or {}
+    check_subflavors(fields.get("subflavors"), f"{root}/{_META}/dataset.yaml")
+
+
+def check_subflavors(subflavors: Any, where: str) -> dict[str, Any]:
+    """The subflavors as a dict; energon builds what a value of theirs names, so it may only be plain.
+
+    Raises:
+        UserError: they hold more; the message begins with `where`.
+    """
+    subflavors = subflavors or {}
     if not isinstance(subflavors, Mapping) or any(
         str(name).startswith("__") or not isinstance(value, str | int | float | bool | None)
         for name, value in subflavors.items()
     ):
-        raise UserError(f"{root}/{_META}/dataset.yaml: subflavors may hold only names and plain values")
+        raise UserError(f"{where}: subflavors may hold only names and plain values")
+    return dict(subflavors)
 
 
 def _read(root: EPath, *names: str, allowed: set[str]) -> dict[str, Any]:
@@ -104,10 +119,19 @@ def _read(root: EPath, *names: str, allowed: set[str]) -> dict[str, Any]:
             break
     else:
         raise UserError(f"{root} is not a dataset: it has no {_META}/{names[0]}; {_HOW_TO_MAKE_ONE}")
+    return read_plain_mapping(file, allowed)
+
+
+def read_plain_mapping(file: EPath, allowed: set[str]) -> dict[str, Any]:
+    """A json or yaml file that holds a mapping with no other names than those.
+
+    Raises:
+        UserError: it holds anything else, or can be read in more than one way.
+    """
     raw = file.read_bytes()
     try:
         # energon's parser and the usual one may read a crafted file differently: both must agree.
-        readings = [json.loads(raw)] if name.endswith(".json") else [_safe_yaml(raw), load_yaml(raw)]
+        readings = [json.loads(raw)] if file.name.endswith(".json") else [_safe_yaml(raw), load_yaml(raw)]
     except Exception as error:  # the parsers have no common error class
         raise UserError(f"{file} can't be read ({type(error).__name__}); {_HOW_TO_MAKE_ONE}") from error
     for fields in readings:

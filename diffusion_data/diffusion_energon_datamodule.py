@@ -1,56 +1,70 @@
-"""Dataset folder -> batches (see diffusion_taskencoder) for training and validation, under Lightning or outside.
+"""Dataset folder, or a blend of several -> batches (see diffusion_taskencoder) for training, validation and tests,
+under Lightning or outside.
 
     dm = DiffusionDataModule(path)
     for batch in dm.train_dataloader(): ...
 
-A checkpoint that holds `state_dict()` resumes at the very next batch, on any number of ranks and workers
-as long as they are those it was saved with.
+A checkpoint that holds `state_dict()` resumes at the very next batch. Ranks and workers have to be those it was saved
+with, or as many workers in total on another number of ranks; see docs/training_data.rst.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from megatron.energon import (
-    SavableDataLoader,
-    WorkerConfig,
-    get_train_dataset,
-    get_val_dataset,
-)
+from megatron.energon import SavableDataLoader, WorkerConfig, get_train_dataset, get_val_dataset
 from megatron.energon.savable_loader import BasicDataLoader
 
-from diffusion_data.dataset_folder import DatasetFolder, check_dataset, read_stats
+from diffusion_data.dataset_folder import read_stats
+from diffusion_data.dataset_source import DataPath, DatasetSource, open_source
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.energon_loaders import (
     TrainLoader,
     ValLoader,
-    batches_of_longest_rank,
     loader_options,
     log_sample_error,
     pass_batches_on,
+    restore,
     usable_workers,
     use_pinned_memory,
 )
+from diffusion_data.epoch_length import (
+    batches_of_longest_rank,
+    batches_of_longest_worker,
+    batches_of_one_epoch,
+    longest_of_dataset,
+    mean_share_of_sequence,
+)
 from diffusion_data.errors import UserError
-from diffusion_data.loader_state import from_plain, refuse_changes, to_plain
-from diffusion_data.parallel_ranks import DataParallel, data_parallel, gradient_accumulation_steps
+from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
+from diffusion_data.loader_state import to_plain
+from diffusion_data.packing import refuse_unfit_packing
+from diffusion_data.parallel_ranks import (
+    DataParallel,
+    data_parallel,
+    gather_from_ranks,
+    gradient_accumulation_steps,
+)
+from diffusion_data.redistribution import fitted_state
+from diffusion_data.text_dropout import read_empty_caption
+from diffusion_data.training_stream import WholePasses
 
 logger = logging.getLogger(__name__)
 
 
 class DiffusionDataModule(LightningDataModule):
-    """Energon dataset of latents and text embeddings.
+    """Energon datasets of latents and text embeddings.
 
-    path: the dataset folder; nothing is read before `setup` or the first loader
-    seq_length: patches each sample is padded to; None takes the longest of the dataset
-    micro_batch_size: samples of one batch on one rank
-    global_batch_size: samples of one step of the optimizer, all ranks together
+    path: a dataset folder, a metadataset yaml, or a list of {path, weight}, see `dataset_source`; nothing is read
+        before `setup` or the first loader
+    seq_length: patches each sample is padded to, and the most it may have; None takes the longest of the dataset, or
+        no limit where samples are packed or bucketed
+    micro_batch_size: samples of one batch on one rank; packed sequences where samples are packed
+    global_batch_size: samples (or packed sequences) of one step of the optimizer, all ranks together
     num_workers: loader processes a rank; 0 loads in the main process
     pin_memory: page-locked batches, for faster copies to a GPU; without CUDA it makes no difference
     task_encoder: None for a BasicDiffusionTaskEncoder
@@ -58,13 +72,20 @@ class DiffusionDataModule(LightningDataModule):
     shuffle_buffer_size: samples a worker draws from at random; larger mixes better and needs more memory
     virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
         that each worker gives equally many and the last step of the optimizer is a full one
-    seed: of the order of samples
+    max_seq_length: patches of a packed sequence; together with packing_buffer_size it turns packing on
+    packing_buffer_size: samples a worker chooses from to fill sequences; larger leaves less padding and needs more
+        memory, and time to fill after a resume
+    bucket_by_shape: batches of equal latent shape, without padding
+    repeat: False makes each epoch exactly one pass, in which every sample comes once on some rank; ranks that have
+        fewer batches than others end it with batches without samples (loss_mask all 0, no keys)
+    seed: of the order of samples, and of text dropout
     parallel: which data-parallel rank reads; None finds out, see `parallel_ranks`
+    device_mesh: torch's DeviceMesh, to find that out from
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: DataPath,
         seq_length: int | None = None,
         micro_batch_size: int = 1,
         global_batch_size: int = 8,
@@ -74,12 +95,23 @@ class DiffusionDataModule(LightningDataModule):
         use_train_split_for_val: bool = False,
         shuffle_buffer_size: int = 100,
         virtual_epoch_length: int | None = None,
+        max_seq_length: int | None = None,
+        packing_buffer_size: int | None = None,
+        bucket_by_shape: bool = False,
+        repeat: bool = True,
         seed: int = 0,
         parallel: DataParallel | None = None,
+        device_mesh: Any = None,
     ) -> None:
         super().__init__()
         if shuffle_buffer_size < 1 or (virtual_epoch_length is not None and virtual_epoch_length < 1):
             raise UserError("shuffle_buffer_size and virtual_epoch_length must be at least 1")
+        refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
+        if not repeat and (max_seq_length or bucket_by_shape or virtual_epoch_length):
+            raise UserError(
+                "repeat=False makes epochs of one pass, whose batches have to be counted beforehand: it goes neither "
+                "with virtual_epoch_length nor with max_seq_length or bucket_by_shape; with these, leave it out"
+            )
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.path = path
         self.seq_length = seq_length
@@ -91,34 +123,55 @@ class DiffusionDataModule(LightningDataModule):
         self.use_train_split_for_val = use_train_split_for_val
         self.shuffle_buffer_size = shuffle_buffer_size
         self.virtual_epoch_length = virtual_epoch_length
+        self.max_seq_length = max_seq_length
+        self.packing_buffer_size = packing_buffer_size
+        self.bucket_by_shape = bucket_by_shape
+        self.repeat = repeat
         self.seed = seed
         self.parallel = parallel
-        self._folder: DatasetFolder | None = None
+        self.device_mesh = device_mesh
+        self._is_set_up = False
+        self._source: DatasetSource | None = None
         self._train: TrainLoader | None = None
-        self._val: ValLoader | None = None
+        self._finite: list[ValLoader] = []
         self._train_config: WorkerConfig | None = None
         self._saved: dict[str, Any] | None = None
 
     @property
-    def folder(self) -> DatasetFolder:
-        """The dataset, checked."""
-        if self._folder is None:
-            self._folder = check_dataset(self.path)
-        return self._folder
+    def source(self) -> DatasetSource:
+        """The dataset or datasets, checked."""
+        if self._source is None:
+            self._source = open_source(self.path)
+        return self._source
 
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro batches that make one step of the optimizer; depends on the number of ranks."""
         return gradient_accumulation_steps(self.global_batch_size, self.micro_batch_size, self._parallel().size)
 
+    @property
+    def latent_scaling(self) -> LatentScaling | None:
+        """What was done to the latents, with its inverse for decoding; None if they are raw."""
+        self._ensure_set_up()
+        return self.task_encoder.scaling
+
     def setup(self, stage: str | None = None) -> None:
-        """Check the dataset and settle seq_length."""
+        """Check the dataset and settle what the task encoder has to know of it and of the ranks."""
         asked, encoder = self.seq_length, self.task_encoder
         if asked is not None and encoder.seq_length not in (None, asked):
             raise UserError(f"seq_length={asked}, but the task encoder was made with {encoder.seq_length}")
+        encoder.max_seq_length, encoder.bucket_by_shape = self.max_seq_length, self.bucket_by_shape
+        encoder.length_multiple = self._parallel().length_multiple
         if asked is None:
-            asked = encoder.seq_length or self._longest_of_dataset()
+            asked = encoder.seq_length
+            if asked is None and self.max_seq_length is None and not self.bucket_by_shape:
+                asked = longest_of_dataset(self.source, encoder)
         self.seq_length = encoder.seq_length = asked
+        if encoder.text_dropout > 0 and encoder.empty_text is None:
+            encoder.empty_text = read_empty_caption(self.source.folders)
+        if encoder.latent_scaling == PER_CHANNEL and encoder.scaling is None:
+            encoder.scaling = LatentScaling.of_stats([read_stats(folder) or {} for folder in self.source.folders])
+        self._is_set_up = True
         accumulated = getattr(self.trainer, "accumulate_grad_batches", None)
         if accumulated is not None and accumulated != self.gradient_accumulation_steps:
             logger.warning(
@@ -138,24 +191,17 @@ class DiffusionDataModule(LightningDataModule):
 
     def val_dataloader(self) -> ValLoader | list[Any]:
         """One pass over the val split; an empty list if the dataset has none."""
-        self._ensure_set_up()
-        split = "train" if self.use_train_split_for_val else "val"
-        num_samples = self.folder.samples.get(split, 0)
-        if num_samples == 0:
-            return []
-        config = self._worker_config(split)
-        self._val = ValLoader(
-            partial(self._open_val, split, config),
-            batches_of_longest_rank(num_samples, self.micro_batch_size, config.num_workers, config.world_size),
-            self.task_encoder.skips,
-            in_step=config.world_size > 1,
-        )
-        return self._val
+        return self._finite_loader("train" if self.use_train_split_for_val else "val")
+
+    def test_dataloader(self) -> ValLoader | list[Any]:
+        """One pass over the test split; an empty list if the dataset has none."""
+        return self._finite_loader("test")
 
     def teardown(self, stage: str | None = None) -> None:
         """End the workers. The place in the training stream is kept for the next loader or checkpoint."""
-        if self._val is not None:
-            self._val.close()
+        for loader in self._finite:
+            loader.close()
+        self._finite.clear()
         if self._train is not None:
             self._saved = self.state_dict()
             self._train.close()
@@ -165,12 +211,7 @@ class DiffusionDataModule(LightningDataModule):
         """The place in the training stream, of all ranks. To be called on all of them, as Lightning does."""
         if self._train is None or self._train_config is None or self._train.loader is None:
             return self._saved or {}
-        state = to_plain(self._train.loader.save_state_rank())
-        parallel = self._parallel()
-        states = [state]
-        if parallel.size > 1:
-            states = [None] * parallel.size
-            torch.distributed.all_gather_object(states, state, group=parallel.group)
+        states = gather_from_ranks(self._parallel(), to_plain(self._train.loader.save_state_rank()))
         done = self._train.batches_done
         return {"ranks": states, "batches_done": done, "settings": self._stream_settings(self._train_config)}
 
@@ -181,36 +222,60 @@ class DiffusionDataModule(LightningDataModule):
 
     def _open_train(self, config: WorkerConfig) -> TrainLoader:
         settings = self._stream_settings(config)
-        if self._saved is not None:
-            refuse_changes(self._saved["settings"], settings)
+        saved = None if self._saved is None else fitted_state(self._saved, settings)
         dataset = get_train_dataset(
-            self.folder.path,
+            self.source.spec,
             split_part="train",
             worker_config=config,
             batch_size=self.micro_batch_size,
+            packing_buffer_size=self.packing_buffer_size,
             shuffle_buffer_size=self.shuffle_buffer_size,
             max_samples_per_sequence=None,
             task_encoder=self.task_encoder,
+            repeat=self.repeat,
         )
+        length = settings["virtual_epoch_length"]
+        if not self.repeat:
+            dataset = WholePasses(dataset, length // max(1, config.num_workers), worker_config=config)
         loader = SavableDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
-        saved, self._saved = self._saved, None
+        self._saved = None
         if saved is not None:
-            loader.restore_state_rank(from_plain(saved["ranks"][config.rank]))
+            restore(loader, saved["ranks"][config.rank])
         done = 0 if saved is None else saved["batches_done"]
-        return TrainLoader(loader, settings["virtual_epoch_length"], self.task_encoder.skips, done)
+        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=self._any_batch)
 
-    def _open_val(self, split: str, config: WorkerConfig) -> Any:
+    def _finite_loader(self, split: str) -> ValLoader | list[Any]:
+        self._ensure_set_up()
+        parts = self.source.parts(split)
+        if not parts:
+            return []
+        config = self._worker_config(split)
+        length = None
+        if self.max_seq_length is None and not self.bucket_by_shape:
+            length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
+        make = partial(self._open_finite, split, config)
+        loader = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
+        self._finite.append(loader)
+        return loader
+
+    def _open_finite(self, split: str, config: WorkerConfig) -> Any:
         dataset = get_val_dataset(
-            self.folder.path,
+            self.source.spec,
             split_part=split,
             worker_config=config,
             batch_size=self.micro_batch_size,
+            packing_buffer_size=self.packing_buffer_size,
             task_encoder=self.task_encoder,
         )
         loader = BasicDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         return loader
+
+    def _any_batch(self) -> dict[str, Any]:
+        """A batch of training samples, outside of the stream."""
+        config = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=log_sample_error)
+        return next(iter(self._open_finite("train", config)))
 
     def _set_up_loader(self, loader: torch.utils.data.DataLoader[Any]) -> None:
         use_pinned_memory(loader, self.pin_memory)
@@ -218,32 +283,23 @@ class DiffusionDataModule(LightningDataModule):
             pass_batches_on(loader)
 
     def _ensure_set_up(self) -> None:
-        if self.seq_length is None or self.task_encoder.seq_length != self.seq_length:
+        encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known
+        told = (encoder.seq_length, encoder.max_seq_length, encoder.bucket_by_shape, encoder.length_multiple)
+        if told != (self.seq_length, self.max_seq_length, self.bucket_by_shape, self._parallel().length_multiple):
+            self._is_set_up = False
+        if not self._is_set_up:
             self.setup()
 
-    def _longest_of_dataset(self) -> int:
-        stats = read_stats(self.folder)
-        shapes = (stats or {}).get("latent_shapes")
-        if not shapes:
-            raise UserError(
-                f"{self.path} has no run/stats.json that tells its latent shapes; "
-                "set data.seq_length to the patches of its longest sample"
-            )
-        lengths = [self.task_encoder.sequence_length_of(shape[:4]) for shape in shapes]
-        fitting = [length for length in lengths if length is not None]
-        if not fitting:
-            raise UserError(f"no latent of {self.path} can be cut into the patches of the task encoder")
-        return max(fitting)
-
     def _parallel(self) -> DataParallel:
-        return self.parallel or data_parallel(self.trainer)
+        return self.parallel or data_parallel(self.trainer, self.device_mesh)
 
     def _worker_config(self, split: str) -> WorkerConfig:
         parallel = self._parallel()
-        num_samples = self.folder.samples.get(split, 0)
+        num_samples = self.source.samples(split)
         if num_samples == 0:
-            held = ", ".join(f"{name} {count}" for name, count in sorted(self.folder.samples.items()))
-            raise UserError(f"{self.path} has no samples in the split {split!r} (samples: {held})")
+            splits = sorted({name for folder in self.source.folders for name in folder.samples})
+            held = ", ".join(f"{name} {self.source.samples(name)}" for name in splits)
+            raise UserError(f"{self.source.name} has no samples in the split {split!r} (samples: {held})")
         return WorkerConfig(
             rank=parallel.rank,
             world_size=parallel.size,
@@ -256,18 +312,29 @@ class DiffusionDataModule(LightningDataModule):
     def _stream_settings(self, config: WorkerConfig) -> dict[str, Any]:
         """Everything that decides which samples come in which order."""
         return {
-            "dataset": self.folder.identity,
+            "dataset": self.source.identity,
             "data_parallel_size": config.world_size,
             "num_workers": config.num_workers,
             "micro_batch_size": self.micro_batch_size,
             "shuffle_buffer_size": self.shuffle_buffer_size,
+            "packing_buffer_size": self.packing_buffer_size,
+            "repeat": self.repeat,
             "virtual_epoch_length": self._epoch_length(config),
             "seed": self.seed,
+            **self.task_encoder.settings(),
         }
 
     def _epoch_length(self, config: WorkerConfig) -> int:
         if self.virtual_epoch_length is not None:
             return self.virtual_epoch_length
-        one_pass = math.ceil(self.folder.samples["train"] / (self.micro_batch_size * config.world_size))
-        unit = math.lcm(max(1, config.num_workers), self.gradient_accumulation_steps)
-        return math.ceil(one_pass / unit) * unit
+        workers = max(1, config.num_workers)
+        parts = self.source.parts("train")
+        if not self.repeat:
+            longest = batches_of_longest_worker(parts, self.micro_batch_size, config.num_workers, config.world_size)
+            return longest * workers
+        sequences: float = self.source.samples("train")
+        if self.max_seq_length is not None:
+            sequences *= mean_share_of_sequence(self.source, self.task_encoder, self.max_seq_length)
+        return batches_of_one_epoch(
+            sequences, self.micro_batch_size * config.world_size, workers, self.gradient_accumulation_steps
+        )

@@ -7,163 +7,20 @@ construction. Sample i of a seed is always the same, whatever the ranks, workers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
 
-from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder, cook
+from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
-from diffusion_data.latent_sample import (
-    LATENT_PART,
-    METADATA_PART,
-    TEXT_PART,
-    LatentSample,
-    build_metadata,
-    sample_key,
-)
+from diffusion_data.fake_latents import FakeLatents
+from diffusion_data.fake_loader import BatchPlanner, FakeLoader
+from diffusion_data.packing import refuse_unfit_packing
 from diffusion_data.parallel_ranks import DataParallel, data_parallel, gradient_accumulation_steps
 
 _CHANNELS = 16
-_SPATIAL_COMPRESSION = _TEMPORAL_COMPRESSION = 8
-_CLIP_FPS = 24.0
-
-
-class FakeLatents(Dataset[Any]):
-    """Map-style: index -> encoded DiffusionSample."""
-
-    def __init__(
-        self,
-        task_encoder: BasicDiffusionTaskEncoder,
-        num_samples: int,
-        *,
-        latent_shapes: Sequence[Sequence[int]],
-        text_lengths: tuple[int, int],
-        text_embedding_dim: int,
-        seed: int,
-    ) -> None:
-        self._task_encoder = task_encoder
-        self._num_samples = num_samples
-        self._latent_shapes = [tuple(shape) for shape in latent_shapes]
-        self._text_lengths = text_lengths
-        self._text_embedding_dim = text_embedding_dim
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    def latent_sample(self, index: int) -> LatentSample:
-        """Normally distributed latent and text; shape and text length drawn at random."""
-        rng = np.random.default_rng([self._seed, index])
-        shape = self._latent_shapes[rng.integers(len(self._latent_shapes))]
-        tokens = int(rng.integers(self._text_lengths[0], self._text_lengths[1] + 1))
-        text = rng.standard_normal((tokens, self._text_embedding_dim), dtype=np.float32)
-        _, frames, height, width = shape
-        pixels = (height * _SPATIAL_COMPRESSION, width * _SPATIAL_COMPRESSION)
-        return LatentSample(
-            key=sample_key(index),
-            latent=torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(torch.bfloat16),
-            text_embedding=text.astype(np.float16),
-            metadata=build_metadata(
-                caption="",
-                image_height=pixels[0],
-                image_width=pixels[1],
-                height=pixels[0],
-                width=pixels[1],
-                num_frames=1 + _TEMPORAL_COMPRESSION * (frames - 1),
-                framerate=None if frames == 1 else _CLIP_FPS,
-                num_text_tokens=tokens,
-                source_file="",
-                source_row=index,
-                extra={},
-            ),
-        )
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.latent_sample(index)
-        crude = {
-            "__key__": sample.key,
-            "__restore_key__": (),
-            LATENT_PART: sample.latent,
-            TEXT_PART: sample.text_embedding,
-            METADATA_PART: sample.metadata,
-        }
-        return self._task_encoder.encode_sample(cook(crude))
-
-    def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """DiffusionSamples -> batch."""
-        return self._task_encoder.encode_batch(self._task_encoder.batch(samples))
-
-
-class FakeLoader:
-    """Batches of one data-parallel rank; every rank has equally many.
-
-    Training: a new order each epoch, the tail that doesn't fill a step of all ranks is left out. A pass
-    that a checkpoint interrupted goes on where it was. Validation: in order, from the start each time.
-    """
-
-    def __init__(
-        self,
-        dataset: FakeLatents,
-        parallel: DataParallel,
-        *,
-        micro_batch_size: int,
-        samples_a_step: int | None,
-        seed: int,
-        **loading: Any,
-    ) -> None:
-        self._dataset = dataset
-        self._parallel = parallel
-        self._micro_batch_size = micro_batch_size
-        self._samples_a_step = samples_a_step
-        self._seed = seed
-        self._loading = loading
-        self.epoch = 0
-        self.batches_done = 0
-        self._length = -(-len(self._indices()) // micro_batch_size)
-        if self._length == 0:
-            raise UserError(
-                f"{len(dataset)} fake samples don't fill one step on {parallel.size} ranks; raise num_train_samples"
-            )
-
-    def _indices(self) -> list[int]:
-        """Samples of this rank in this epoch."""
-        count, ranks = len(self._dataset), self._parallel.size
-        if self._samples_a_step is None:
-            order = np.arange(-(-count // ranks) * ranks) % max(count, 1)  # the last ranks repeat a few
-        else:
-            order = np.random.default_rng([self._seed, self.epoch]).permutation(count)
-            order = order[: count // self._samples_a_step * self._samples_a_step]
-        return order[self._parallel.rank :: ranks].tolist()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._samples_a_step is None:
-            self.batches_done = 0
-        loader = DataLoader(
-            self._dataset,
-            batch_size=self._micro_batch_size,
-            sampler=self._indices()[self.batches_done * self._micro_batch_size :],
-            collate_fn=self._dataset.collate,
-            **self._loading,
-        )
-        for batch in loader:
-            self.batches_done += 1
-            if self.batches_done == self._length:
-                self.epoch, self.batches_done = self.epoch + 1, 0
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the datamodule saves the place. Being there at all tells Lightning that it can resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load here, see `state_dict`."""
 
 
 class VideoLatentFakeDataModule(LightningDataModule):
@@ -171,6 +28,7 @@ class VideoLatentFakeDataModule(LightningDataModule):
 
     seq_length: patches each sample is padded to; None takes the longest of latent_shapes
     micro_batch_size, global_batch_size, num_workers, pin_memory, task_encoder: as in DiffusionDataModule
+    max_seq_length, packing_buffer_size, bucket_by_shape, device_mesh: as in DiffusionDataModule
     use_train_split_for_val: validate on the training samples
     latent_shapes: (C, T, H, W) to draw from; T = 1 is a picture. None: a square picture, a wide one and a clip
         that fit seq_length
@@ -189,16 +47,25 @@ class VideoLatentFakeDataModule(LightningDataModule):
         use_train_split_for_val: bool = False,
         num_train_samples: int = 10_000,
         num_val_samples: int = 64,
+        num_test_samples: int = 64,
         latent_shapes: Sequence[Sequence[int]] | None = None,
         text_lengths: Sequence[int] = (4, 80),
         text_embedding_dim: int = 1024,
         seed: int = 0,
+        max_seq_length: int | None = None,
+        packing_buffer_size: int | None = None,
+        bucket_by_shape: bool = False,
+        device_mesh: Any = None,
     ) -> None:
         super().__init__()
+        refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
         if latent_shapes is None:
-            latent_shapes = self._shapes_that_fit(seq_length or self.task_encoder.seq_length or 2048)
+            most_patches = min(seq_length or self.task_encoder.seq_length or 2048, max_seq_length or 2**63)
+            latent_shapes = self._shapes_that_fit(most_patches)
+        self.task_encoder.max_seq_length = max_seq_length
+        self.task_encoder.bucket_by_shape = bucket_by_shape
         self.seq_length = self._fitting_length(seq_length, latent_shapes)
         self.task_encoder.seq_length = self.seq_length
         fewest, most = text_lengths
@@ -211,6 +78,11 @@ class VideoLatentFakeDataModule(LightningDataModule):
         self.use_train_split_for_val = use_train_split_for_val
         self.num_train_samples = num_train_samples
         self.num_val_samples = num_val_samples
+        self.num_test_samples = num_test_samples
+        self.max_seq_length = max_seq_length
+        self.packing_buffer_size = packing_buffer_size
+        self.bucket_by_shape = bucket_by_shape
+        self.device_mesh = device_mesh
         self.latent_shapes = latent_shapes
         self.text_lengths = (fewest, most)
         self.text_embedding_dim = text_embedding_dim
@@ -221,15 +93,13 @@ class VideoLatentFakeDataModule(LightningDataModule):
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro batches that make one step of the optimizer; depends on the number of ranks."""
-        return gradient_accumulation_steps(
-            self.global_batch_size, self.micro_batch_size, data_parallel(self.trainer).size
-        )
+        return gradient_accumulation_steps(self.global_batch_size, self.micro_batch_size, self._parallel().size)
 
     def train_dataloader(self) -> FakeLoader:
         """The training stream; each call goes on with the same one."""
         if self._train is None:
             self.gradient_accumulation_steps  # noqa: B018 - refuses batch sizes that don't fit the ranks
-            self._train = self._loader(self.num_train_samples, self.seed, self.global_batch_size)
+            self._train = self._loader(self.num_train_samples, self.seed, training=True)
             if self._saved is not None:
                 self._train.epoch, self._train.batches_done = self._saved["epoch"], self._saved["batches"]
         return self._train
@@ -237,10 +107,12 @@ class VideoLatentFakeDataModule(LightningDataModule):
     def val_dataloader(self) -> FakeLoader | list[Any]:
         """One pass over the validation samples; an empty list if there are none."""
         if self.use_train_split_for_val:
-            return self._loader(self.num_train_samples, self.seed, None)
-        if self.num_val_samples == 0:
-            return []
-        return self._loader(self.num_val_samples, self.seed + 1, None)
+            return self._loader(self.num_train_samples, self.seed)
+        return self._loader(self.num_val_samples, self.seed + 1) if self.num_val_samples else []
+
+    def test_dataloader(self) -> FakeLoader | list[Any]:
+        """One pass over the test samples; an empty list if there are none."""
+        return self._loader(self.num_test_samples, self.seed + 2) if self.num_test_samples else []
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training stream; the same on all ranks."""
@@ -252,7 +124,12 @@ class VideoLatentFakeDataModule(LightningDataModule):
         """Keep the place for `train_dataloader`, which goes there."""
         self._saved, self._train = state_dict or None, None
 
-    def _loader(self, num_samples: int, seed: int, samples_a_step: int | None) -> FakeLoader:
+    def _parallel(self) -> DataParallel:
+        return data_parallel(self.trainer, self.device_mesh)
+
+    def _loader(self, num_samples: int, seed: int, training: bool = False) -> FakeLoader:
+        parallel = self._parallel()
+        self.task_encoder.length_multiple = parallel.length_multiple
         dataset = FakeLatents(
             self.task_encoder,
             num_samples,
@@ -261,12 +138,14 @@ class VideoLatentFakeDataModule(LightningDataModule):
             text_embedding_dim=self.text_embedding_dim,
             seed=seed,
         )
+        planner = BatchPlanner(dataset, self.task_encoder, self.micro_batch_size, self.packing_buffer_size)
         return FakeLoader(
             dataset,
-            data_parallel(self.trainer),
-            micro_batch_size=self.micro_batch_size,
-            samples_a_step=samples_a_step,
+            planner,
+            parallel,
+            batches_a_step=self.global_batch_size // self.micro_batch_size if training else None,
             seed=seed,
+            keeps_samples_together=self.packing_buffer_size is not None or self.bucket_by_shape,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
         )
@@ -289,6 +168,11 @@ class VideoLatentFakeDataModule(LightningDataModule):
             raise UserError("latent_shapes must be (C, T, H, W) that whole patches cover")
         longest = max(length for length in lengths if length is not None)
         length = asked or self.task_encoder.seq_length or longest
+        if self.task_encoder.max_seq_length is not None and longest > self.task_encoder.max_seq_length:
+            raise UserError(
+                f"a latent of latent_shapes becomes {longest} patches, more than "
+                f"max_seq_length={self.task_encoder.max_seq_length}; raise it or choose smaller latent_shapes"
+            )
         if longest > length:
             raise UserError(
                 f"a latent of latent_shapes becomes {longest} patches, more than seq_length={length}; "

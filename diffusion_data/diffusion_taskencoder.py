@@ -1,7 +1,7 @@
 """Parts of a sample -> DiffusionSample -> batch: a plain dict of tensors, the keys NeMo's diffusion models read.
 
-Micro batch B, S = seq_length (without one: the longest of the batch), D = patch_spatial**2 * patch_temporal * C,
-L = text_embedding_padding_size, E = width of the text encoder:
+Micro batch B, S = seq_length (without one, or bucketed: the longest of the batch), D = patch_spatial**2 *
+patch_temporal * C, L = text_embedding_padding_size (or the longest of the batch), E = width of the text encoder:
 
     video               bfloat16 (B, S, D)   patches, '(T H W) (ph pw pt C)', zero padded
     loss_mask           bfloat16 (B, S)      1 for real patches
@@ -14,36 +14,45 @@ L = text_embedding_padding_size, E = width of the text encoder:
     image_size          float32  (B, 4)      [h, w, h, w] in pixels
     fps, num_frames     float32  (B,)        float32, since bfloat16 can't tell 256 from 257 or 29.97 from 30
     __key__             list of B sample keys
+    __subflavors__      list of B dicts; only where the dataset or blend gives its samples some
+
+Packed (max_seq_length), B counts sequences, each of which holds several samples, one after another, and then padding;
+S = max_seq_length, L = the longest row of texts of the batch, which lie in the same way, in rows of their own. There
+are N samples in all rows together, in the order of the rows. video, loss_mask, pos_ids, t5_text_embeddings and
+t5_text_mask are as above; of seq_len_q to __subflavors__ there are N instead of B; and there are
+
+    cu_seqlens_q, cu_seqlens_kv                int32 (N+1,)  0 and the cumulative sums of seq_len_q and seq_len_kv
+    cu_seqlens_q_padded, cu_seqlens_kv_padded  int32 (N+1,)  where each sample begins in the B * S or B * L positions of
+                                                             all rows, flattened; at last B * S, B * L
+
+The first two are what attention kernels for packed sequences take (flash-attn's varlen functions, for sequences from
+which the padding was taken out); with the last two, Transformer Engine takes them with padding between sequences.
+
+With length_multiple > 1 (2 x tensor- x context-parallel size), S and L are rounded up to multiples of it, and in packed
+rows each sample begins at one, as ring attention needs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from megatron.energon import (
-    Cooker,
-    DefaultTaskEncoder,
-    SavableDataset,
-    WorkerConfig,
-    basic_sample_keys,
-    stateless,
-)
-from megatron.energon.metadataset.loader_interface import LoadedDataset
-from megatron.energon.wrappers import EpochizeDataset, RepeatDataset
+from megatron.energon import Cooker, basic_sample_keys, stateless
 
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
-from diffusion_data.epoch_shuffle import EpochShuffle
+from diffusion_data.diffusion_stages import DiffusionStages
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample, all_finite, largest_magnitude
-from diffusion_data.patchify import is_divisible, patchify_into, sequence_length
+from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
+from diffusion_data.patchify import is_divisible, sequence_length
 from diffusion_data.safe_decoder import BadPart, SafeDecoder
-from diffusion_data.sample_reader import read_plainly
-from diffusion_data.skip_counts import SkipCounts, SkipReason, StopWhenAllSkipped
+from diffusion_data.sample_filters import parse_filters
+from diffusion_data.skip_counts import SkipCounts, SkipReason
 
 MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
+TEXT_PADDINGS = ("fixed", "longest")
 PICTURE_FPS = 30.0  # a picture has no frame rate; models were trained with this number in its place
 _ROWS_AT_A_TIME = 128  # of a text: what lies between float16 and bfloat16 stays in the cache
 _ASSUMED_TEMPORAL_COMPRESSION = 8  # only for videos whose json doesn't say how many frames they had
@@ -56,13 +65,22 @@ def cook(sample: dict[str, Any]) -> CookedSample:
     return CookedSample(**basic_sample_keys(sample), parts=parts)
 
 
-class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, dict]):
+class BasicDiffusionTaskEncoder(DiffusionStages):
     """Pictures and clips in any mix of shapes.
 
     max_frames: latent frames kept of a longer clip; everything else is derived from what is left
-    text_embedding_padding_size: tokens each text is cut or padded to
-    seq_length: patches each sample is padded to; longer ones are skipped
+    text_embedding_padding_size: tokens each text is cut to, and padded to
+    text_padding: fixed, or longest: texts are padded to the longest of their batch only
+    seq_length: patches each sample is padded to; longer ones are skipped. In packed and bucketed batches, where
+        nothing is padded to it, only the latter
+    max_seq_length: patches a packed sequence holds; not used without energon's packing_buffer_size
+    bucket_by_shape: batches of equal latent shape, without padding
+    length_multiple: what the length of a sequence has to divide by, see `parallel_ranks`
     aesthetic_score: samples whose metadata has a lower aesthetic_score are skipped; those without one stay
+    filters: bounds on fields of the metadata, see `sample_filters`
+    max_magnitude: samples whose latent has a larger absolute value are skipped
+    text_dropout: share of the training samples whose caption becomes the empty one, see `text_dropout`
+    latent_scaling: what becomes of raw latents, see `latent_scaling`
     """
 
     cookers = (Cooker(cook),)
@@ -73,28 +91,70 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
         *,
         max_frames: int | None = None,
         text_embedding_padding_size: int = 512,
+        text_padding: str = "fixed",
         seq_length: int | None = None,
+        max_seq_length: int | None = None,
+        bucket_by_shape: bool = False,
+        length_multiple: int = 1,
         patch_spatial: int = 2,
         patch_temporal: int = 1,
         aesthetic_score: float = 0.0,
+        filters: Mapping[str, Mapping[str, Any]] | None = None,
+        max_magnitude: float = MAX_MAGNITUDE,
+        text_dropout: float = 0.0,
+        latent_scaling: str | float | None = None,
     ) -> None:
         super().__init__()
         for name, value in [
             ("max_frames", max_frames),
             ("text_embedding_padding_size", text_embedding_padding_size),
             ("seq_length", seq_length),
+            ("max_seq_length", max_seq_length),
+            ("length_multiple", length_multiple),
             ("patch_spatial", patch_spatial),
             ("patch_temporal", patch_temporal),
         ]:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if text_padding not in TEXT_PADDINGS:
+            raise UserError(f"text_padding must be one of {', '.join(TEXT_PADDINGS)}, got {text_padding!r}")
+        if not 0 <= text_dropout <= 1:
+            raise UserError(f"text_dropout must be a share, 0 to 1, got {text_dropout}")
+        if not max_magnitude > 0:
+            raise UserError(f"max_magnitude must be above 0, got {max_magnitude}")
         self.max_frames = max_frames
         self.text_embedding_padding_size = text_embedding_padding_size
+        self.text_padding = text_padding
         self.seq_length = seq_length
+        self.max_seq_length = max_seq_length
+        self.bucket_by_shape = bucket_by_shape
+        self.length_multiple = length_multiple
         self.patch_spatial = patch_spatial
         self.patch_temporal = patch_temporal
         self.aesthetic_score = aesthetic_score
-        self.skips = SkipCounts()
+        self.bounds = parse_filters(filters or {})
+        self.max_magnitude = max_magnitude
+        self.text_dropout = text_dropout
+        self.latent_scaling = latent_scaling
+        self.scaling = None if latent_scaling in (None, PER_CHANNEL) else LatentScaling.by(latent_scaling)  # type: ignore[arg-type]
+        self._numbers = {"height", "width", "framerate", "num_frames", "aesthetic_score"}
+        self._numbers |= {bound.field for bound in self.bounds}
+        self.skips = SkipCounts(reason for bound in self.bounds for reason in bound.reasons)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which samples come in which order, beside the dataset and its loader."""
+        return {
+            "patches": [self.patch_spatial, self.patch_temporal],
+            "max_frames": self.max_frames,
+            "seq_length": self.seq_length,
+            "max_seq_length": self.max_seq_length,
+            "bucket_by_shape": self.bucket_by_shape,
+            "length_multiple": self.length_multiple,
+            "aesthetic_score": self.aesthetic_score,
+            "filters": [str(bound) for bound in self.bounds],
+            "max_magnitude": self.max_magnitude,
+            "text_dropout": self.text_dropout,
+        }
 
     def sequence_length_of(self, latent_shape: Sequence[int]) -> int | None:
         """Patches that a latent (C, T, H, W) becomes, max_frames considered; None if it would be skipped."""
@@ -110,9 +170,11 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
         latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
         text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
         length = self._checked_length(stored, latent, text)
-        text_and_room = torch.empty(self.text_embedding_padding_size, text.shape[1], dtype=torch.bfloat16)
+        text_and_room = torch.empty(self._text_room(len(text)), text.shape[1], dtype=torch.bfloat16)
         if not _convert_finite(text_and_room, text):
             raise self.skips.skip(stored.key, SkipReason.not_finite, "the text holds NaN or infinity")
+        if self.scaling is not None:
+            latent = self.scaling.apply(latent)
         metadata = stored.metadata
         encoded = DiffusionSample.derive_from(
             sample,
@@ -135,7 +197,7 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             raise self.skips.skip(_place(sample), SkipReason.unreadable, "; ".join(refused))
         try:
             stored = LatentSample.from_parts(sample.__key__, sample.parts)
-            for field in ("height", "width", "framerate", "num_frames", "aesthetic_score"):
+            for field in self._numbers:
                 value = stored.metadata.get(field)
                 if value is not None and not math.isfinite(float(value)):
                     raise ValueError(f"{field} is {value}")
@@ -150,6 +212,10 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> int:
         """Patches of the latent; skips what can't be trained on."""
         key, shape = stored.key, tuple(latent.shape)
+        for bound in self.bounds:
+            skipped = bound.reason_to_skip(stored.metadata)
+            if skipped is not None:
+                raise self.skips.skip(key, *skipped)
         score = stored.metadata.get("aesthetic_score")
         if score is not None and float(score) < self.aesthetic_score:
             raise self.skips.skip(key, SkipReason.low_aesthetic_score, f"{score} < {self.aesthetic_score}")
@@ -157,94 +223,23 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             patch = f"{self.patch_temporal}x{self.patch_spatial}x{self.patch_spatial}"
             raise self.skips.skip(key, SkipReason.not_divisible, f"latent {shape}, patches {patch}")
         length = sequence_length(shape, self.patch_spatial, self.patch_temporal)
-        if self.seq_length is not None and length > self.seq_length:
-            raise self.skips.skip(key, SkipReason.too_long, f"{length} patches, seq_length={self.seq_length}")
+        for name, limit in (("seq_length", self.seq_length), ("max_seq_length", self.max_seq_length)):
+            if limit is not None and length > limit:
+                raise self.skips.skip(key, SkipReason.too_long, f"{length} patches, {name}={limit}")
         if len(text) == 0:
             raise self.skips.skip(key, SkipReason.no_text, "its text embedding has no tokens")
         largest = largest_magnitude(latent)
         if not math.isfinite(largest):
             raise self.skips.skip(key, SkipReason.not_finite, "the latent holds NaN or infinity")
-        if largest > MAX_MAGNITUDE:
+        if largest > self.max_magnitude:
             raise self.skips.skip(key, SkipReason.too_large_values, f"the latent reaches {largest:g}")
         return length
 
-    @stateless
-    def batch(self, samples: Sequence[DiffusionSample]) -> dict[str, Any]:
-        size, width = len(samples), _require_one_width(samples)
-        length = self.seq_length or max(sample.seq_len_q for sample in samples)
-        bf16 = torch.bfloat16
-        # Every position is written once: what is the sample's, then what is padding.
-        video = torch.empty(size, length, width.video, dtype=bf16)
-        positions = torch.empty(size, length, 3, dtype=torch.int64)
-        if size == 1:
-            text = samples[0].text_and_room[None]
-        else:
-            text = torch.empty(size, self.text_embedding_padding_size, width.text, dtype=bf16)
-        for row, sample in enumerate(samples):
-            patches, tokens = sample.seq_len_q, sample.seq_len_kv
-            patchify_into(video[row, :patches], sample.latent, *sample.patch_sizes)
-            positions[row, :patches] = sample.pos_ids
-            if size > 1:
-                text[row, :tokens] = sample.t5_text_embeddings
-            text[row, tokens:] = 0
-            if patches < length:
-                video[row, patches:] = 0
-                positions[row, patches:] = 0
-        patches_of = torch.tensor([sample.seq_len_q for sample in samples], dtype=torch.int32)
-        tokens_of = torch.tensor([sample.seq_len_kv for sample in samples], dtype=torch.int32)
-        batch: dict[str, Any] = {
-            "video": video,
-            "t5_text_embeddings": text,
-            "t5_text_mask": _mask(tokens_of, text.shape[1]),
-            "loss_mask": _mask(patches_of, length),
-            "pos_ids": positions,
-            "seq_len_q": patches_of,
-            "seq_len_kv": tokens_of,
-        }
-        batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.float32)
-        batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.float32)
-        batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.float32)
-        batch["latent_shape"] = torch.tensor([s.latent_shape for s in samples], dtype=torch.int32)
-        batch["__key__"] = [sample.__key__ for sample in samples]
-        return batch
 
-    def _load_dataset(
-        self, dataset: LoadedDataset, worker_rotation_offset: int, worker_config: WorkerConfig
-    ) -> SavableDataset[Any]:
-        loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
-        if type(self.decoder) is SafeDecoder:  # another may want bytes
-            read_plainly(loaded)
-        return loaded
-
-    def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
-        guarded = StopWhenAllSkipped(dataset, self.skips, worker_config=worker_config)
-        return super().build_encode_sample(guarded, worker_config=worker_config)
-
-    def build_train_datasets(
-        self,
-        *,
-        datasets: list[LoadedDataset],
-        worker_config: WorkerConfig,
-        batch_size: int | None,
-        shuffle_buffer_size: int | None,
-        virtual_epoch_length: int = 0,
-        repeat: bool = True,
-        **batching: Any,
-    ) -> SavableDataset[Any]:
-        """energon's order of stages, but each pass is shuffled by itself (see `EpochShuffle`)."""
-        if len(datasets) != 1:
-            raise UserError("blends of several datasets can't be opened, only one dataset folder")
-        stream = self._load_dataset(datasets[0], 0, worker_config)
-        if shuffle_buffer_size is not None and shuffle_buffer_size > 1:
-            stream = EpochShuffle(stream, shuffle_buffer_size, worker_config=worker_config)
-        if repeat:
-            stream = RepeatDataset(stream, worker_config=worker_config)
-        stream = self.build_encode_sample(stream, worker_config=worker_config)
-        batching.pop("blend_mode", None)
-        stream = self.build_batch(stream, batch_size=batch_size, worker_config=worker_config, **batching)
-        if virtual_epoch_length > 0:
-            stream = EpochizeDataset(stream, length=virtual_epoch_length, worker_config=worker_config)
-        return stream
+def _place(sample: CookedSample) -> str:
+    """The sample's shard and key, for those who have to find it."""
+    shards = {source.shard_name for source in sample.__sources__ or ()}
+    return " of ".join([sample.__key__, *sorted(filter(None, shards))])
 
 
 def _place(sample: CookedSample) -> str:
@@ -261,35 +256,6 @@ def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) 
     if metadata.get("num_frames"):
         compression = (float(metadata["num_frames"]) - 1) / (stored_frames - 1)
     return 1 + round(compression * (frames - 1))
-
-
-class _Widths(NamedTuple):
-    video: int
-    text: int
-
-
-def _require_one_width(samples: Sequence[DiffusionSample]) -> _Widths:
-    """One dataset is made with one tokenizer and one text encoder; a mixture can't be batched."""
-    first = _widths(samples[0])
-    for sample in samples[1:]:
-        widths = _widths(sample)
-        for name, width, expected in zip(("video", "t5_text_embeddings"), widths, first, strict=True):
-            if width != expected:
-                raise UserError(
-                    f"{name} of {sample.__key__} is {width} wide, that of {samples[0].__key__} {expected}: the "
-                    "dataset mixes the output of different models"
-                )
-    return first
-
-
-def _widths(sample: DiffusionSample) -> _Widths:
-    patch_spatial, patch_temporal = sample.patch_sizes
-    return _Widths(patch_spatial**2 * patch_temporal * sample.latent.shape[0], sample.text_and_room.shape[1])
-
-
-def _mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
-    """bfloat16 (B, longest): 1 for the first of each row."""
-    return (torch.arange(longest, dtype=torch.int32) < lengths[:, None]).to(torch.bfloat16)
 
 
 def _convert_finite(target: torch.Tensor, source: torch.Tensor) -> bool:

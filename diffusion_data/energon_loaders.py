@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader
 from megatron.energon.errors import FatalSampleError
-from megatron.energon.flavors.webdataset.sharder import Sharder
+from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron.energon.worker import WorkerConfig
 
 from diffusion_data.errors import UserError
+from diffusion_data.parallel_ranks import DataParallel, any_rank
 from diffusion_data.skip_counts import SkipCounts, all_skipped
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+
+_BATCHES_A_REPORT = 1000  # of what was skipped
 
 
 class TrainLoader:
@@ -32,15 +34,29 @@ class TrainLoader:
     is another one after a resume. Having a length keeps Lightning from fetching one batch ahead, which
     would be lost on resume. The (empty) state tells Lightning that the stream can be resumed; the
     datamodule does that, on all ranks.
+
+    any_batch: makes a batch of the same kind as the stream's; see `without_samples`
     """
 
-    def __init__(self, loader: SavableDataLoader, length: int, skips: SkipCounts, batches_done: int = 0) -> None:
+    def __init__(
+        self,
+        loader: SavableDataLoader,
+        length: int,
+        skips: SkipCounts,
+        batches_done: int = 0,
+        *,
+        any_batch: Callable[[], Batch],
+    ) -> None:
         self.loader: SavableDataLoader | None = loader
         self.batches_done = batches_done
         """Batches given in this epoch. A pass that was left early is finished by the next one."""
         self._length = length
         self._skips = skips
+        self._any_batch = any_batch
         self._stream: Iterator[Batch] | None = None
+        self._batches_since_report = 0
+        self._reported: dict[str, int] = {}
+        self._last: Batch | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -55,17 +71,32 @@ class TrainLoader:
                 self._stream = None
                 raise
             self.batches_done = (self.batches_done + 1) % self._length
+            self._batches_since_report += 1
+            if self._batches_since_report == _BATCHES_A_REPORT:
+                self.report_skips()
+            if batch:
+                self._last = batch
+            else:
+                self._last = self._last or self._any_batch()
+                batch = without_samples(self._last)
             yield batch
             if self.batches_done == 0:
                 break
-        if self._skips.by_reason():
+        self.report_skips()
+
+    def report_skips(self) -> None:
+        """Log the skips by reason, if there are any that the last report didn't tell of."""
+        self._batches_since_report = 0
+        if self._skips.by_reason() != self._reported:
+            self._reported = self._skips.by_reason()
             logger.info("samples skipped so far, by reason: %s", self._skips)
 
     def close(self) -> None:
         """End the workers now: left to the garbage collector, each is waited for 5 seconds."""
+        self.report_skips()
         if isinstance(self._stream, Generator):
             self._stream.close()
-        self._stream = self.loader = None
+        self._stream = self.loader = self._last = None
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -77,18 +108,25 @@ class TrainLoader:
 class ValLoader:
     """One pass over a split. `make` builds the energon loader of this rank.
 
-    A rank that has fewer batches than another repeats its first one: ranks that synchronise in each
-    validation step would wait for it for ever. A single rank sees each sample exactly once.
+    Every sample comes exactly once on some rank. A rank that has fewer batches than another gives batches without
+    samples at the end: ranks that synchronise in each step would wait for it for ever.
+
+    length: batches of the rank that has most; None where nobody can tell before they are made. The ranks then tell
+        each other with every batch whether they have more.
     """
 
-    def __init__(self, make: Callable[[], Any], length: int, skips: SkipCounts, *, in_step: bool) -> None:
+    def __init__(
+        self, make: Callable[[], Any], length: int | None, skips: SkipCounts, *, parallel: DataParallel
+    ) -> None:
         self._make = make
         self._length = length
         self._skips = skips
-        self._in_step = in_step
+        self._parallel = parallel
         self._idle_loader: Any = None
 
     def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("how many packed or bucketed batches a pass has shows when it ends")
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -100,21 +138,28 @@ class ValLoader:
         if first is None:
             raise all_skipped(self._skips)
         count = 0
-        while batch is not None:
+        while self._goes_on(count, batch is not None):
             # One ahead: who counts batches, as Lightning does, never asks for the end.
-            following = next(batches, None)
-            if following is None:
+            following = None if batch is None else next(batches, None)
+            if following is None and loader is not None:
                 self._idle_loader, loader = loader, None
             count += 1
-            yield batch
+            yield without_samples(first) if batch is None else batch
             batch = following
-        while self._in_step and count < self._length:
-            count += 1
-            yield first
+
+    def _goes_on(self, count: int, has_more: bool) -> bool:
+        if self._length is None:
+            return any_rank(self._parallel, has_more)
+        return has_more or (self._parallel.size > 1 and count < self._length)
 
     def close(self) -> None:
         """End the workers that wait for the next pass."""
         self._idle_loader = None
+
+
+def without_samples(batch: Batch) -> Batch:
+    """A batch of the same shapes that counts for nothing: loss_mask is 0 everywhere, and no key is in it."""
+    return {**batch, "loss_mask": torch.zeros_like(batch["loss_mask"]), "__key__": []}
 
 
 def loader_options(config: WorkerConfig) -> dict[str, Any]:
@@ -124,6 +169,20 @@ def loader_options(config: WorkerConfig) -> dict[str, Any]:
         # Collecting garbage every 10 batches helps a worker; in the training process it takes 0.2 s each time.
         options["gc_collect_every_n_steps"] = 0
     return options
+
+
+def restore(loader: SavableDataLoader, state: SavableDataLoaderState | None) -> None:
+    """Go to the place that was saved.
+
+    energon forgets, for a worker that has given nothing since, how many batches it has to skip from its last checkpoint
+    on: if the place is saved again, these would come twice.
+    """
+    loader.restore_state_rank(state)
+    if state is None or loader.num_workers == 0:
+        return
+    for worker, saved in enumerate(state.worker_states):
+        if saved.state is not None:
+            loader._worker_sample_counters[worker] = saved.state.sample_index + saved.offset - 1
 
 
 def use_pinned_memory(loader: torch.utils.data.DataLoader[Any], wanted: bool) -> None:
@@ -157,19 +216,6 @@ def usable_workers(num_workers: int, num_samples: int, data_parallel_size: int, 
     if num_workers > most:
         logger.info("%d workers a rank instead of %d: the split %r is small", most, num_workers, split)
     return min(num_workers, most)
-
-
-def batches_of_longest_rank(num_samples: int, micro_batch_size: int, num_workers: int, ranks: int) -> int:
-    """Batches of one pass over a split, on the rank that has most of them."""
-    return max(
-        sum(-(-(end - start) // micro_batch_size) for start, end in pairwise(offsets))
-        for offsets in (
-            Sharder.split_samples_to_workers(
-                0, num_samples, WorkerConfig(rank=rank, world_size=ranks, num_workers=num_workers)
-            )
-            for rank in range(ranks)
-        )
-    )
 
 
 def log_sample_error(error: Exception, sample: Any, _sources: Any = None) -> None:

@@ -1,8 +1,4 @@
-"""Samples of one pass over a split -> the same samples in random order, as far as a buffer allows.
-
-energon repeats a dataset first and shuffles the endless stream, so that a small dataset's samples come again
-while others wait. Here each pass is shuffled by itself: every sample comes exactly once in it.
-"""
+"""Samples of one pass over a split -> the same samples in random order, as far as a buffer allows."""
 
 from __future__ import annotations
 

@@ -87,5 +87,6 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"the checkpoint's place in the dataset fits only the settings it was saved with: "
-            f"{'; '.join(differing)}. Restore them, or start from the weights alone"
+            f"{'; '.join(differing)}. Restore them, or start from the weights alone. (Ranks and workers a rank may "
+            "change if their product, at least 1, stays the same)"
         )

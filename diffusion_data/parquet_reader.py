@@ -63,6 +63,7 @@ class ParquetReader:
                 buffer_size=buffer_bytes,
                 page_checksum_verification=True,  # of files that have checksums
             )
+            self.num_rows_now, self.num_bytes_now = self._parquet.metadata.num_rows, self._file.size
         except BaseException as error:
             self.close()
             if isinstance(error, _UNDECODABLE):
@@ -100,10 +101,7 @@ class ParquetReader:
         self._batch_end += self._batch.num_rows
 
     def _row_group(self, number: int) -> _RowGroup:
-        metadata = self._parquet.metadata
-        if metadata.num_rows < self.num_rows:
-            raise UserError(f"source.path: {self.url} has changed: it has only {metadata.num_rows} rows now")
-        if metadata.row_group(number).num_rows != self._group_rows[number]:
+        if self._parquet.metadata.row_group(number).num_rows != self._group_rows[number]:
             raise UserError(f"source.path: {self.url} has changed: its row group {number} has other rows now")
         return _RowGroup(self._parquet, self._file, number)
 
@@ -212,7 +210,7 @@ class _WatchedFile(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self.trouble: Exception | None = None
         self._file = file
-        self._size = file.seek(0, os.SEEK_END)
+        self.size = file.seek(0, os.SEEK_END)
         file.seek(0)
 
     def readable(self) -> bool:
@@ -229,7 +227,7 @@ class _WatchedFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         try:
-            expected = max(0, self._size - self._file.tell())
+            expected = max(0, self.size - self._file.tell())
             expected = expected if size < 0 else min(size, expected)
             content = self._file.read(size)
             if len(content) < expected:

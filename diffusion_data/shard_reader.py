@@ -11,10 +11,21 @@ from diffusion_data.safe_decoder import decode_part
 
 
 def read_shard(path: Path) -> Iterator[LatentSample]:
-    """Members of one sample stand next to each other, as in every WebDataset; folders, links and devices are passed by.
+    """The samples, decoded.
 
     Raises:
         ValueError: a sample is incomplete, broken or refused; the message names the shard and the key.
+    """
+    return (_sample(path, key, parts) for key, parts in read_parts(path))
+
+
+def read_parts(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, bytes of each part), as stored.
+
+    Members of one sample stand next to each other, as in every WebDataset; folders, links and devices are passed by.
+
+    Raises:
+        ValueError: the tar is damaged or holds what is refused; the message names the shard.
     """
     current, parts = "", dict[str, bytes]()
     try:
@@ -26,14 +37,14 @@ def read_shard(path: Path) -> Iterator[LatentSample]:
                 stem, _, part = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if key != current and parts:
-                    yield _sample(path, current, parts)
+                    yield current, parts
                     parts = {}
                 current = key
                 parts[part] = _content(tar, member, path)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: damaged after {current or 'its start'}: {error}") from error
     if parts:
-        yield _sample(path, current, parts)
+        yield current, parts
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from diffusion_data.dataset_stats import DatasetStats
-from diffusion_data.durable_file import durable_file
+from diffusion_data.durable_file import durable_file, remove_file
 from diffusion_data.encode_pipeline import EncodedShard
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.row_decoder import RejectedRow
@@ -49,11 +49,13 @@ class ShardWriter:
                     raise _NothingGained
                 if not written:
                     raise _NothingToWrite
+                self._ledger.remove(shard)  # an earlier entry could be taken for one of the new tar
         except _NothingGained:
             assert before is not None
             return before
         except _NothingToWrite:
-            final.unlink(missing_ok=True)  # of an earlier try, in which a row could still be fetched
+            self._ledger.remove(shard)
+            remove_file(final)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
             shard=shard.number,
             start=shard.start,

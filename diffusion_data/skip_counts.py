@@ -6,19 +6,21 @@ Also ends a stream in which no sample is usable; energon itself would look for o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
-import torch
 from megatron.energon import SavableDataset, SkipSample, WorkerConfig
+from megatron.energon.wrappers import BlendDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from diffusion_data.errors import UserError
+from diffusion_data.shared_counts import SharedCounts
 
 logger = logging.getLogger(__name__)
 
-_WORKERS = 128  # rows of the table; more workers share rows, and may then lose a count now and then
 _LOGGED_EACH = 3
 
 
@@ -34,34 +36,31 @@ class SkipReason(str, Enum):
     low_aesthetic_score = "low_aesthetic_score"
 
 
-_REASONS = list(SkipReason)
-
-
 class SkipCounts:
-    """Skips by reason; the same numbers are seen in the main process and in its workers."""
+    """Skips by reason; the same numbers are seen in the main process and in its workers.
 
-    def __init__(self) -> None:
-        # One row a worker, so that no two processes add to the same number.
-        self._table = torch.zeros(_WORKERS, len(_REASONS), dtype=torch.int64).share_memory_()
-        self._logged = dict.fromkeys(_REASONS, 0)
+    more_reasons: beside those of `SkipReason`
+    """
+
+    def __init__(self, more_reasons: Iterable[str] = ()) -> None:
+        self._counts = SharedCounts([*(reason.value for reason in SkipReason), *more_reasons])
+        self._logged: Counter[str] = Counter()
         self.used = 0
         """Samples of this process that were not skipped."""
 
-    def skip(self, key: str, reason: SkipReason, message: str) -> SkipSample:
+    def skip(self, key: str, reason: str, message: str) -> SkipSample:
         """Count and log a skip; the caller raises what is returned."""
-        worker = torch.utils.data.get_worker_info()
-        row = 0 if worker is None else worker.id % _WORKERS
-        self._table[row, _REASONS.index(reason)] += 1
-        self._logged[reason] += 1
-        if self._logged[reason] <= _LOGGED_EACH:
-            more = "; more of these are only counted" if self._logged[reason] == _LOGGED_EACH else ""
-            logger.warning("skipped %s: %s: %s%s", key, reason.value, message, more)
+        name = reason.value if isinstance(reason, SkipReason) else reason
+        self._counts.add(name)
+        self._logged[name] += 1
+        if self._logged[name] <= _LOGGED_EACH:
+            more = "; more of these are only counted" if self._logged[name] == _LOGGED_EACH else ""
+            logger.warning("skipped %s: %s: %s%s", key, name, message, more)
         return SkipSample()
 
     def by_reason(self) -> dict[str, int]:
         """Skips of all workers so far, only the reasons that occurred."""
-        totals = self._table.sum(dim=0).tolist()
-        return {reason.value: int(total) for reason, total in zip(_REASONS, totals, strict=True) if total}
+        return {reason: total for reason, total in self._counts.totals().items() if total}
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.by_reason().items()) or "none"
@@ -81,8 +80,7 @@ class StopWhenAllSkipped(BaseWrapperDataset[Any, Any]):
         return self.dataset.len_worker(worker_idx)
 
     def __iter__(self) -> Iterator[Any]:
-        # So many in a row hold at least one whole pass, wherever in a pass they began.
-        limit = 2 * self.len_worker()
+        limit = self._whole_passes()
         skipped_in_a_row = 0
         for sample in self.dataset:
             used_before = self._skips.used
@@ -90,6 +88,17 @@ class StopWhenAllSkipped(BaseWrapperDataset[Any, Any]):
             skipped_in_a_row = 0 if self._skips.used > used_before else skipped_in_a_row + 1
             if skipped_in_a_row >= limit:
                 raise all_skipped(self._skips)
+
+    def _whole_passes(self) -> int:
+        """So many samples in a row hold at least one of every dataset's usable ones, if there are any."""
+        passes = 2 * self.len_worker()  # wherever in a pass they begin
+        blend = self.dataset
+        if isinstance(blend, BaseWrapperDataset) and not isinstance(blend, BlendDataset):
+            blend = blend._find_wrapped_dataset(BlendDataset)
+        if isinstance(blend, BlendDataset):
+            # A dataset of share w is missed n times in a row with a probability of (1 - w)**n.
+            passes += math.ceil(40 * sum(blend.weights) / min(blend.weights))
+        return passes
 
     def config(self) -> dict[str, Any]:
         return self.dataset.config()

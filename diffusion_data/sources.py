@@ -121,6 +121,16 @@ class ParquetSource:
                         f"its columns are {', '.join(file.columns)}"
                     )
 
+    def row_group_start(self, row: int) -> int:
+        """The first row of the row group that holds `row`: from there on, nothing is decoded in vain."""
+        number = bisect.bisect_right(self._ends, row)
+        start = self._ends[number] - self.files[number].num_rows
+        for num_rows in self.files[number].row_group_rows:
+            if row < start + num_rows:
+                break
+            start += num_rows
+        return start
+
     def read_rows(self, start: int, stop: int) -> Iterator[Row]:
         """The rows of the global range [start, stop), in order.
 
@@ -166,7 +176,13 @@ class ParquetSource:
             if kept.url == file.url and kept.comes_to(start):
                 return kept
             kept.close()
-        return ParquetReader(file.url, file.row_group_rows, start)
+        reader = ParquetReader(file.url, file.row_group_rows, start)
+        if reader.num_bytes_now != file.num_bytes:
+            reader.close()
+            fewer = reader.num_rows_now < file.num_rows
+            now = f"only {reader.num_rows_now} rows" if fewer else f"{reader.num_bytes_now} bytes"
+            raise UserError(f"source.path: {file.url} has changed: it has {now} now, and had others when the run began")
+        return reader
 
     def _keep(self, reader: ParquetReader) -> None:
         if self._closed or self._kept is not None or reader.next_row == reader.num_rows:

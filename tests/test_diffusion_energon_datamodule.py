@@ -1,4 +1,3 @@
-import io
 import pickle
 import warnings
 from collections import Counter
@@ -14,6 +13,7 @@ from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample, sample_key
+from tests.datamodules import as_rank, flat, module, rows, through_a_checkpoint
 from tests.test_safe_decoder import Hostile
 from tests.tiny_dataset import tiny_sample, write_dataset, write_raw_dataset
 
@@ -30,23 +30,6 @@ def seven_and_three(tmp_path_factory):
     """7 samples to train on, 3 to validate on."""
     folder = tmp_path_factory.mktemp("split") / "ds"
     return write_dataset(folder, TEN, per_shard=1, split={"train": 7, "val": 3})
-
-
-def rows(loader) -> list[list[int]]:
-    return [[int(key[-9:]) for key in batch["__key__"]] for batch in loader]
-
-
-def flat(batches: list[list[int]]) -> list[int]:
-    return [row for batch in batches for row in batch]
-
-
-def module(path, **options) -> DiffusionDataModule:
-    return DiffusionDataModule(path, **{"global_batch_size": 1, "num_workers": 0, **options})
-
-
-def as_rank(monkeypatch, rank: int, size: int) -> None:
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(size))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -124,15 +107,18 @@ def test_validation_is_one_pass_in_order_and_fresh_each_time(seven_and_three, nu
     assert len(passes[0]) == len(loader) == 2
 
 
-def test_ranks_validate_equally_many_batches(seven_and_three, monkeypatch):
-    seen = []
+def test_ranks_validate_equally_many_batches_and_every_sample_once(seven_and_three, monkeypatch):
+    batches = []
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
         loader = module(seven_and_three, global_batch_size=2).val_dataloader()
-        seen.append(flat(rows(loader)))
-        assert len(loader) == 2
-    assert [len(share) for share in seen] == [2, 2]
-    assert set(seen[0] + seen[1]) == {7, 8, 9}
+        batches.append(list(loader))
+        assert len(loader) == len(batches[-1]) == 2
+    assert sorted(flat(rows(batches[0] + batches[1]))) == [7, 8, 9]
+    (filler,) = [batch for batch in batches[0] + batches[1] if not batch["__key__"]]
+    assert filler["video"].shape == batches[0][0]["video"].shape
+    assert not filler["loss_mask"].any()
+    assert filler["t5_text_mask"].any()
 
 
 def test_validation_without_a_val_split(ten):
@@ -144,13 +130,6 @@ def test_a_dataset_without_a_train_split_is_refused(tmp_path):
     path = write_dataset(tmp_path / "ds", TEN[:2], split={"train": 0, "val": 1})
     with pytest.raises(UserError, match=r"no samples in the split 'train'.*val 2"):
         module(path).train_dataloader()
-
-
-def through_a_checkpoint(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("shuffle_buffer_size", [4, 100])
@@ -184,6 +163,21 @@ def test_resumes_with_workers_outside_lightning(ten):
     resumed.load_state_dict(state)
     assert rows(resumed.train_dataloader()) == rest
     assert len(rest) == 3
+
+
+def test_a_place_that_was_resumed_and_saved_again_is_the_right_one(ten):
+    """Also of a worker that has given nothing since it was resumed."""
+    options = {"num_workers": 2, "virtual_epoch_length": 12}
+    stream = rows(module(ten, **options).train_dataloader())
+    state, seen = {}, []
+    for batches in (5, 1, 1, 2):
+        resumed = module(ten, **options)
+        resumed.load_state_dict(state)
+        iterator = iter(resumed.train_dataloader())
+        seen += rows(next(iterator) for _ in range(batches))
+        state = through_a_checkpoint(resumed.state_dict())
+        resumed.teardown()
+    assert seen == stream[:9]
 
 
 def test_goes_on_after_its_workers_were_ended(ten):

@@ -7,7 +7,8 @@ from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_fake_datamodule import VideoLatentFakeDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
-from tests.test_diffusion_energon_datamodule import Recorder, as_rank, flat, rows
+from tests.datamodules import as_rank, flat, module, rows
+from tests.test_diffusion_energon_datamodule import Recorder
 from tests.tiny_dataset import tiny_sample, write_dataset
 
 SHAPES = [(4, 1, 4, 4), (4, 3, 4, 4)]
@@ -88,7 +89,7 @@ def test_validation_is_in_order_fresh_and_other_than_training(monkeypatch):
     assert len(rows(fake(use_train_split_for_val=True).val_dataloader())) == 10
     assert fake(num_val_samples=0).val_dataloader() == []
     as_rank(monkeypatch, 1, 2)
-    assert rows(fake().val_dataloader()) == [[1], [0]]  # the fourth sample is the first again
+    assert rows(fake().val_dataloader()) == [[1], []]  # nothing is left for the second rank
 
 
 def test_seq_length_pads_and_has_to_fit():
@@ -144,3 +145,87 @@ def test_trains_validates_and_resumes_exactly_under_lightning(tmp_path):
     assert len(whole.validated) == 2 + 3
     for step in (3, 5):  # within an epoch and at its end
         assert fit(f"resumed{step}", tmp_path / "whole" / f"step={step}.ckpt").trained == whole.trained[2 * step :]
+
+
+PACKED = {"max_seq_length": 24, "packing_buffer_size": 6, "micro_batch_size": 2, "num_train_samples": 40}
+
+
+def test_fake_and_real_packed_batches_are_alike(tmp_path):
+    samples = [tiny_sample(row, SHAPES[row % 2]) for row in range(6)]
+    options = {"max_seq_length": 24, "packing_buffer_size": 3, "micro_batch_size": 1}
+    real = module(write_dataset(tmp_path / "ds", samples), **options, virtual_epoch_length=2)
+    real_batch = next(iter(real.train_dataloader()))
+    fake_batch = next(iter(fake(**options, num_train_samples=12).train_dataloader()))
+    assert list(fake_batch) == list(real_batch)
+    for name, value in real_batch.items():
+        if name != "__key__":
+            assert (fake_batch[name].ndim, fake_batch[name].dtype) == (value.ndim, value.dtype), name
+    assert fake_batch["video"].shape == real_batch["video"].shape == (1, 24, 16)
+
+
+def test_packed_samples_come_once_an_epoch_whatever_the_ranks(monkeypatch):
+    whole = rows(fake(**PACKED).train_dataloader())
+    assert len(set(flat(whole))) == len(flat(whole)) >= 30
+    shares = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        loader = fake(**PACKED, global_batch_size=4).train_dataloader()
+        shares.append(rows(loader))
+        assert len(loader) == len(shares[-1]) == len(whole) // 2
+        assert flat(rows(loader)) != flat(shares[-1])
+    assert [batch for pair in zip(*shares, strict=True) for batch in pair] == whole[: 2 * (len(whole) // 2)]
+
+
+def test_packed_and_bucketed_validation_and_tests_cover_their_samples_once(monkeypatch):
+    for options in (PACKED, {"bucket_by_shape": True, "micro_batch_size": 2}):
+        for name in ("val_dataloader", "test_dataloader"):
+            shares = []
+            for rank in range(2):
+                as_rank(monkeypatch, rank, 2)
+                data = fake(**{**options, "global_batch_size": 4}, num_val_samples=7, num_test_samples=7)
+                shares.append(rows(getattr(data, name)()))
+            assert len(shares[0]) == len(shares[1])
+            assert sorted(flat(shares[0] + shares[1])) == list(range(7))
+
+
+def test_bucketed_batches_hold_one_shape():
+    for batch in fake(bucket_by_shape=True, micro_batch_size=2, num_train_samples=20).train_dataloader():
+        assert len({tuple(shape) for shape in batch["latent_shape"].tolist()}) == 1
+        assert batch["loss_mask"].all()
+
+
+def test_test_samples_are_other_ones():
+    data = fake(num_test_samples=3)
+    tested = {batch["__key__"][0]: batch["video"] for batch in data.test_dataloader()}
+    assert len(tested) == 3
+    for batch in data.val_dataloader():
+        other = tested[batch["__key__"][0]]
+        assert batch["video"].shape != other.shape or not torch.equal(batch["video"], other)
+
+
+def test_packed_fake_batches_resume():
+    reference = fake(**PACKED)
+    loader = reference.train_dataloader()
+    iterator = iter(loader)
+    next(iterator)
+    resumed = fake(**PACKED)
+    resumed.load_state_dict(reference.state_dict())
+    assert rows(resumed.train_dataloader()) == rows(iterator)
+
+
+def test_captions_are_dropped_by_epoch_and_index_in_training_only():
+    def lengths(loader):
+        pairs = (zip(batch["__key__"], batch["seq_len_kv"].tolist(), strict=True) for batch in loader)
+        return dict(pair for batch_pairs in pairs for pair in batch_pairs)
+
+    data = fake(task_encoder=BasicDiffusionTaskEncoder(text_dropout=0.5), num_train_samples=40, num_val_samples=40)
+    loader = data.train_dataloader()
+    first, second = lengths(loader), lengths(loader)
+    dropped = [sum(length == 1 for length in each.values()) for each in (first, second)]
+    assert all(10 <= number <= 30 for number in dropped)
+    assert first != second
+    again = fake(
+        task_encoder=BasicDiffusionTaskEncoder(text_dropout=0.5), num_train_samples=40, micro_batch_size=2
+    ).train_dataloader()
+    assert lengths(again) == first
+    assert 1 not in lengths(data.val_dataloader()).values()

@@ -13,6 +13,8 @@ def fake_megatron(initialised: bool) -> SimpleNamespace:
         get_data_parallel_rank=lambda: 1,
         get_data_parallel_world_size=lambda: 4,
         get_data_parallel_group=lambda: "group",
+        get_tensor_model_parallel_world_size=lambda: 2,
+        get_context_parallel_world_size=lambda: 3,
     )
 
 
@@ -42,6 +44,7 @@ def test_megatron_core_comes_first_once_it_is_initialised(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", fake_megatron(initialised=True))
     parallel = data_parallel(trainer)
     assert (parallel.rank, parallel.size, parallel.group) == (1, 4, "group")
+    assert parallel.length_multiple == 12
 
 
 def test_gradient_accumulation():

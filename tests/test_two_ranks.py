@@ -1,0 +1,242 @@
+"""Two processes on the CPU: what each rank sees, and that a run killed at any step goes on as if it had not been.
+
+DIFFUSION_DATA_KILLS=10 kills that often instead of once or twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
+from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
+from tests.rank_processes import run_ranks
+from tests.tiny_dataset import tiny_samples, write_dataset
+
+KILLS = int(os.environ.get("DIFFUSION_DATA_KILLS", 0))
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """28 samples to train on, 5 to validate on, which two ranks can't share evenly."""
+    folder = tmp_path_factory.mktemp("two_ranks") / "ds"
+    return write_dataset(folder, tiny_samples(33), per_shard=1, split={"train": 28, "val": 5})
+
+
+def make_data(dataset: Path, **options: Any) -> DiffusionDataModule:
+    encoder = BasicDiffusionTaskEncoder(text_embedding_padding_size=8, text_dropout=0.3)
+    return DiffusionDataModule(dataset, **{"global_batch_size": 4, "task_encoder": encoder, **options})
+
+
+class Recorder(pl.LightningModule):
+    """Writes down what it sees, a line a batch, and dies in the step it is told to."""
+
+    def __init__(self, log: Path, kill_at: int | None) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.log_path = log
+        self.kill_at = kill_at
+
+    def note(self, kind: str, number: int, batch: dict[str, Any]) -> None:
+        with self.log_path.open("a") as log:
+            log.write(json.dumps([kind, number, batch["__key__"], batch["seq_len_kv"].tolist()]) + "\n")
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
+        if number == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.note("train", number, batch)
+        return self.layer(batch["video"].float().mean().view(1, 1)).sum()
+
+    def validation_step(self, batch: dict[str, Any], number: int) -> None:
+        self.note("val", number, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def fit(dataset: Path, folder: Path, options: dict[str, Any], kill: tuple[int, int] | None) -> None:
+    """A rank of a training run that goes on from its newest checkpoint. kill: (rank, micro batch)."""
+    data = make_data(dataset, **options)
+    rank = int(os.environ["RANK"])
+    module = Recorder(folder / f"rank{rank}.jsonl", kill[1] if kill and kill[0] == rank else None)
+    checkpoints = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        plugins=[TorchElasticEnvironment()],
+        logger=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=data.gradient_accumulation_steps,
+        val_check_interval=4 * data.gradient_accumulation_steps,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[checkpoints],
+    )
+    done = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    trainer.fit(module, data, ckpt_path=done[-1] if done else None)
+
+
+def seen(folder: Path, rank: int) -> Iterator[tuple[str, int, list[str], list[int]]]:
+    for line in (folder / f"rank{rank}.jsonl").read_text().splitlines():
+        yield tuple(json.loads(line))
+
+
+def trained(folder: Path, rank: int) -> dict[int, Any]:
+    """Micro batch -> keys and text lengths; a batch that was seen again after a resume must be the same one."""
+    batches: dict[int, Any] = {}
+    for kind, number, *what in seen(folder, rank):
+        if kind == "train":
+            assert batches.setdefault(number, what) == what
+    return batches
+
+
+CASES = {
+    "padded": {"num_workers": 0, "micro_batch_size": 1},
+    "packed, 2 workers": {
+        "num_workers": 2,
+        "max_seq_length": 24,
+        "packing_buffer_size": 6,
+        "virtual_epoch_length": 6,
+        "micro_batch_size": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
+    dataset: Path, tmp_path: Path, case: str
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert run_ranks(2, fit, dataset, whole, CASES[case], None) == [0, 0]
+    rng = random.Random(case)
+    kills = KILLS or (2 if CASES[case]["num_workers"] == 0 else 1)
+    for place in sorted(rng.sample(range(2, 2 * STEPS), kills)):
+        kill = (rng.randrange(2), place)
+        assert -signal.SIGKILL in run_ranks(2, fit, dataset, killed, CASES[case], kill)
+    assert run_ranks(2, fit, dataset, killed, CASES[case], None) == [0, 0]
+    for rank in range(2):
+        assert list(trained(whole, rank)) == list(range(2 * STEPS))
+        assert trained(killed, rank) == trained(whole, rank)
+    keys = [{key for keys, _ in trained(whole, rank).values() for key in keys} for rank in range(2)]
+    assert not keys[0] & keys[1]
+    texts = [length for lengths in trained(whole, 0).values() for length in lengths[1]]
+    assert 1 in texts  # a dropped caption has one token
+    last_validation = [[entry for entry in seen(whole, rank) if entry[0] == "val"] for rank in range(2)]
+    if case == "padded":
+        validated = [key for entries in last_validation for entry in entries[-3:] for key in entry[2]]
+        assert sorted(int(key[-9:]) for key in validated) == [28, 29, 30, 31, 32]
+
+
+def plain_loop(dataset: Path, folder: Path, options: dict[str, Any], num_batches: int) -> None:
+    """A rank without Lightning, which goes on from the state in `folder` and leaves its own there."""
+    torch.distributed.init_process_group("gloo")
+    data = make_data(dataset, **options)
+    state = folder / "state.pt"
+    if state.exists():
+        data.load_state_dict(torch.load(state, weights_only=True))
+    batches = iter(data.train_dataloader())
+    rank = torch.distributed.get_rank()
+    with (folder / f"rank{rank}.jsonl").open("w") as log:
+        for number in range(num_batches):
+            batch = next(batches)
+            log.write(json.dumps(["train", number, batch["__key__"], batch["seq_len_kv"].tolist()]) + "\n")
+    saved = data.state_dict()
+    if rank == 0:
+        torch.save(saved, state)
+    data.teardown()
+    torch.distributed.destroy_process_group()
+
+
+def test_as_many_workers_on_another_number_of_ranks_go_on_where_they_were(dataset: Path, tmp_path: Path) -> None:
+    options = {"max_seq_length": 24, "packing_buffer_size": 6, "virtual_epoch_length": 40}
+
+    def run(ranks: int, num_workers: int, num_batches: int) -> list[list[Any]]:
+        here = {**options, "num_workers": num_workers}
+        assert run_ranks(ranks, plain_loop, dataset, tmp_path, here, num_batches) == [0] * ranks
+        return [list(trained(tmp_path, rank).values()) for rank in range(ranks)]
+
+    begun = run(2, 1, 3)
+    (tmp_path / "state.pt").rename(tmp_path / "begun.pt")
+    begun_and_more = run(2, 1, 7)
+    assert [batches[:3] for batches in begun_and_more] == begun
+    (tmp_path / "begun.pt").rename(tmp_path / "state.pt")
+    (one_rank,) = run(1, 2, 4)
+    assert one_rank == [
+        batch for pair in zip(*(batches[3:5] for batches in begun_and_more), strict=True) for batch in pair
+    ]
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["batches_done"] == 10
+    assert run(2, 1, 2) == [batches[5:7] for batches in begun_and_more]
+
+
+def train_sharded(dataset: Path, folder: Path) -> None:
+    """A rank of a plain loop with fully sharded weights, which waits for the others in every step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    data = make_data(dataset, num_workers=0, device_mesh=mesh)
+    model = torch.nn.Linear(16, 4)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with (folder / f"rank{torch.distributed.get_rank()}.jsonl").open("w") as log:
+        for number, batch in enumerate(data.train_dataloader()):
+            model(batch["video"].float()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            log.write(json.dumps(["train", number, batch["__key__"], []]) + "\n")
+        for number, batch in enumerate(data.val_dataloader()):
+            model(batch["video"].float())
+            log.write(json.dumps(["val", number, batch["__key__"], []]) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_and_uneven_validation_in_a_plain_loop(dataset: Path, tmp_path: Path) -> None:
+    assert run_ranks(2, train_sharded, dataset, tmp_path) == [0, 0]
+    entries = [list(seen(tmp_path, rank)) for rank in range(2)]
+    for kind, expected in (("train", range(28)), ("val", range(28, 33))):
+        shares = [[int(key[-9:]) for entry in each if entry[0] == kind for key in entry[2]] for each in entries]
+        assert sorted(shares[0] + shares[1]) == list(expected)
+    assert [len(each) for each in entries] == [14 + 3, 14 + 3]
+
+
+def validate_packed(dataset: Path, folder: Path, options: dict[str, Any]) -> None:
+    torch.distributed.init_process_group("gloo")
+    data = make_data(dataset, num_workers=0, **options)
+    loader = data.val_dataloader()
+    with (folder / f"rank{torch.distributed.get_rank()}.jsonl").open("w") as log:
+        for repetition in range(2):
+            for batch in loader:
+                torch.distributed.barrier()
+                log.write(json.dumps([repetition, 0, batch["__key__"], int(batch["loss_mask"].sum())]) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{"max_seq_length": 12, "packing_buffer_size": 2}, {"bucket_by_shape": True}])
+def test_ranks_agree_when_packed_or_bucketed_validation_ends(
+    dataset: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    assert run_ranks(2, validate_packed, dataset, tmp_path, options) == [0, 0]
+    entries = [list(seen(tmp_path, rank)) for rank in range(2)]
+    assert len(entries[0]) == len(entries[1])
+    for each in entries:
+        assert [entry[2] for entry in each if entry[0] == 0] == [entry[2] for entry in each if entry[0] == 1]
+        assert all((positions == 0) == (not keys) for _, _, keys, positions in each)
+    first_pass = [key for each in entries for entry in each if entry[0] == 0 for key in entry[2]]
+    assert sorted(int(key[-9:]) for key in first_pass) == [28, 29, 30, 31, 32]
