@@ -242,12 +242,6 @@ def _place(sample: CookedSample) -> str:
     return " of ".join([sample.__key__, *sorted(filter(None, shards))])
 
 
-def _place(sample: CookedSample) -> str:
-    """The sample's shard and key, for those who have to find it."""
-    shards = {source.shard_name for source in sample.__sources__ or ()}
-    return " of ".join([sample.__key__, *sorted(filter(None, shards))])
-
-
 def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) -> int:
     """Pixel frames of the first `frames` of `stored_frames` latent frames: the first stands for one frame."""
     if frames == 1:
