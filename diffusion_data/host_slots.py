@@ -1,6 +1,7 @@
 """Who may talk to a host now: so many at a time, over all processes of a user on a node.
 
-A slot is a file that is locked while it is taken, so whoever dies leaves it free.
+A slot is a file that is locked while it is taken, so whoever dies leaves it free. Files stay, so hosts share a fixed
+number of names: two that meet in one, which is rare, share their slots too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+_DIGITS = 3  # of a hash: 4096 names
 _POLL_SECONDS = (0.005, 0.1)  # between two looks for a free slot: at first, and at last
 
 
@@ -33,7 +35,7 @@ class HostSlots:
     @contextmanager
     def hold(self, host: str, deadline: float) -> Iterator[None]:
         """Wait for a slot and keep it inside. deadline: of time.monotonic(). Raises NoSlot."""
-        taken = self._take(_folder() / hashlib.sha256(host.encode()).hexdigest()[:16], host, deadline)
+        taken = self._take(_folder() / hashlib.sha256(host.encode()).hexdigest()[:_DIGITS], host, deadline)
         try:
             yield
         finally:
@@ -42,9 +44,8 @@ class HostSlots:
     def _take(self, path: Path, host: str, deadline: float) -> FileLock:
         wait, longest = _POLL_SECONDS
         while True:
-            first = random.randrange(self.number)  # so that the slots are found taken equally often
-            for slot in range(first, first + self.number):
-                lock = FileLock(f"{path}.{slot % self.number}")
+            for slot in range(self.number):
+                lock = FileLock(f"{path}.{slot}")
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:

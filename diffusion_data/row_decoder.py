@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import time
 import traceback
@@ -102,7 +103,7 @@ class RowDecoder:
         metadata: dict[str, Any] = {}
         try:
             values = _Values(row.values)
-            metadata = {column: _json_value(values.get(column), column) for column in self.metadata_columns}
+            metadata = _json_object({column: values.get(column) for column in self.metadata_columns})
             sample, caption, frames = self._process(row, values)
         except RowRejected as rejected:
             return RejectedRow(
@@ -120,9 +121,9 @@ class RowDecoder:
             source_file=row.source_file,
             source_row=row.source_row,
             pixels=np.ascontiguousarray(frames.pixels),
-            framerate=frames.fps,
-            image_height=frames.source_height,
-            image_width=frames.source_width,
+            framerate=None if frames.fps is None else float(frames.fps),  # a user's may be numpy's, which json can't
+            image_height=int(frames.source_height),
+            image_width=int(frames.source_width),
             caption=caption,
             metadata=metadata | _checked_metadata(sample.metadata),
             seconds=time.perf_counter() - started,
@@ -193,7 +194,20 @@ def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     taken = RESERVED_FIELDS.intersection(metadata)
     if taken:
         raise RowRejected(Reason.bad_metadata, f"metadata fields {sorted(taken)} are the format's own")
-    return {name: _json_value(value, name) for name, value in metadata.items()}
+    return _json_object(metadata)
+
+
+def _json_object(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as they come back from json: plain, whatever kinds of number and text they were.
+
+    Raises:
+        RowRejected: it can't: bytes, half a surrogate pair, a number of thousands of digits, a list within itself.
+    """
+    converted = {str(name): _json_value(value, name) for name, value in values.items()}
+    try:
+        return json.loads(json.dumps(converted, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowRejected(Reason.bad_metadata, f"json can't hold it: {error}") from error
 
 
 def _json_value(value: Any, name: str) -> Any:
@@ -213,7 +227,7 @@ def _json_value(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(each, name) for each in value]
     if type(value).__name__ == "Decimal":
-        return float(value)
+        return _json_value(float(value), name)
     raise RowRejected(Reason.bad_metadata, f"{name} holds {type(value).__name__}, which json can't")
 
 
