@@ -149,6 +149,19 @@ def full_from(number: int) -> Handler:
     return handler
 
 
+def noted(handler: Handler, failed: list[Operation]) -> Handler:
+    """`handler`, with the operations that it lets fail listed."""
+
+    def noting(now: int, operation: Operation) -> None:
+        try:
+            handler(now, operation)
+        except OSError:
+            failed.append(operation)
+            raise
+
+    return noting
+
+
 @dataclass
 class _Node:
     """A file, folder or link. What a power cut leaves of it: `flushed` data, `flushed_names` of a folder."""
