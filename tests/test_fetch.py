@@ -492,9 +492,19 @@ def test_slots_are_not_kept_where_others_may_write(tmp_path: Path, monkeypatch: 
     first.symlink_to(tmp_path)
     (tmp_path / f"diffusion_data-{os.getuid()}-1").mkdir()
     (tmp_path / f"diffusion_data-{os.getuid()}-1").chmod(0o777)
+    (tmp_path / f"diffusion_data-{os.getuid()}-2").touch()
     with HostSlots(1).hold("a", time.monotonic()):
-        assert list((tmp_path / f"diffusion_data-{os.getuid()}-2").iterdir())
-    assert (tmp_path / f"diffusion_data-{os.getuid()}-2").stat().st_mode & 0o777 == 0o700
+        assert list((tmp_path / f"diffusion_data-{os.getuid()}-3").iterdir())
+    assert (tmp_path / f"diffusion_data-{os.getuid()}-3").stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_place_for_slots_rows_are_to_be_tried_again(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(RowRejected, match=r"no file for its connection in .*nowhere") as rejected:
+        fetch(f"{server.url}/ok", **LOCAL, fetch_retries=1)
+    assert rejected.value.reason.retryable
 
 
 def test_a_name_that_changes_its_mind_between_check_and_connection_gains_nothing(
