@@ -13,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,7 +23,7 @@ _POLL_SECONDS = (0.005, 0.1)  # between two looks for a free slot: at first, and
 
 
 class NoSlot(Exception):
-    """All were taken until the deadline."""
+    """All were taken until the deadline, or there is no place to keep them."""
 
 
 class HostSlots:
@@ -35,7 +35,10 @@ class HostSlots:
     @contextmanager
     def hold(self, host: str, deadline: float) -> Iterator[None]:
         """Wait for a slot and keep it inside. deadline: of time.monotonic(). Raises NoSlot."""
-        taken = self._take(_folder() / hashlib.sha256(host.encode()).hexdigest()[:_DIGITS], host, deadline)
+        try:
+            taken = self._take(_folder() / hashlib.sha256(host.encode()).hexdigest()[:_DIGITS], host, deadline)
+        except OSError as error:  # a disk that is full, not a row that is bad
+            raise NoSlot(f"no file for its connection in {tempfile.gettempdir()}: {error}") from error
         try:
             yield
         finally:
@@ -53,7 +56,9 @@ class HostSlots:
                 return lock
             left = deadline - time.monotonic()
             if left <= 0:
-                raise NoSlot(host)
+                raise NoSlot(
+                    f"media.max_connections_per_host={self.number} connections to {host} were busy until the end"
+                )
             time.sleep(min(wait * random.uniform(0.5, 1.5), left))
             wait = min(2 * wait, longest)
 
@@ -63,7 +68,8 @@ def _folder() -> Path:
     user = os.getuid() if hasattr(os, "getuid") else 0
     for number in range(100):
         folder = Path(tempfile.gettempdir()) / f"diffusion_data-{user}-{number}"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
         found = folder.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022:
             return folder

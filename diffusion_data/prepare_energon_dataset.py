@@ -39,7 +39,7 @@ from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
-from diffusion_data.reject_limit import counted
+from diffusion_data.reject_limit import RejectLimit
 from diffusion_data.resize import resampler
 from diffusion_data.retries import shards_that_gain
 from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
@@ -377,20 +377,27 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     before = {shard.number: job.ledger.read(shard) for shard in job.retry}
     shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    limit = RejectLimit(ranks, config.max_reject_rate)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
-        pending: deque[Future[LedgerEntry]] = deque()
-        results = counted(workers.map(rows), ranks, config.max_reject_rate)
-        for encoded in pipeline.run(results):
+        pending: deque[Future[LedgerEntry | None]] = deque()
+
+        def finish_oldest() -> None:
+            if (entry := pending.popleft().result()) is not None:
+                limit.shard_written(entry)
+
+        for encoded in pipeline.run(limit.watch(workers.map(rows))):
             pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
-                pending.popleft().result()
-        for future in pending:
-            future.result()
+                finish_oldest()
+        while pending:
+            finish_oldest()
+        limit.count()
 
 
 def _write(
     writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
-) -> LedgerEntry:
+) -> LedgerEntry | None:
+    """The shard's entry, or None if it stays as it was `before`."""
     try:
         lock.check()
         entry = writer.write(encoded, before)
@@ -401,8 +408,8 @@ def _write(
         ) from error
     if entry is before:
         print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
-    else:
-        busy.add(entry.stage_seconds)
+        return None
+    busy.add(entry.stage_seconds)
     return entry
 
 
