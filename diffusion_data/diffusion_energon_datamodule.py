@@ -49,7 +49,7 @@ from diffusion_data.parallel_ranks import (
     gather_from_ranks,
     gradient_accumulation_steps,
 )
-from diffusion_data.redistribution import fitted_state
+from diffusion_data.redistribution import fitted_state, rescale_batches
 from diffusion_data.text_dropout import read_empty_caption
 from diffusion_data.training_stream import WholePasses
 
@@ -133,7 +133,7 @@ class DiffusionDataModule(LightningDataModule):
         self._is_set_up = False
         self._source: DatasetSource | None = None
         self._train: TrainLoader | None = None
-        self._finite: list[ValLoader] = []
+        self._finite: dict[str, ValLoader] = {}
         self._train_config: WorkerConfig | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -199,7 +199,7 @@ class DiffusionDataModule(LightningDataModule):
 
     def teardown(self, stage: str | None = None) -> None:
         """End the workers. The place in the training stream is kept for the next loader or checkpoint."""
-        for loader in self._finite:
+        for loader in self._finite.values():
             loader.close()
         self._finite.clear()
         if self._train is not None:
@@ -222,7 +222,10 @@ class DiffusionDataModule(LightningDataModule):
 
     def _open_train(self, config: WorkerConfig) -> TrainLoader:
         settings = self._stream_settings(config)
-        saved = None if self._saved is None else fitted_state(self._saved, settings)
+        saved = None
+        if self._saved is not None:
+            saved = fitted_state(self._saved, settings)
+            rescale_batches(self.trainer, self._saved["settings"], settings)
         dataset = get_train_dataset(
             self.source.spec,
             split_part="train",
@@ -255,9 +258,10 @@ class DiffusionDataModule(LightningDataModule):
         if self.max_seq_length is None and not self.bucket_by_shape:
             length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
         make = partial(self._open_finite, split, config)
-        loader = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
-        self._finite.append(loader)
-        return loader
+        if split in self._finite:
+            self._finite[split].close()
+        self._finite[split] = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
+        return self._finite[split]
 
     def _open_finite(self, split: str, config: WorkerConfig) -> Any:
         dataset = get_val_dataset(
