@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -23,6 +25,8 @@ from diffusion_data.errors import UserError
 
 _META = ".nv-meta"
 _HOW_TO_MAKE_ONE = "make one with scripts/prepare_energon_dataset.py, or run `energon prepare` on its shards"
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?[0-9]{1,18}|[A-Za-z])\.\.(-?[0-9]{1,18}|[A-Za-z])(?:\.\.-?([0-9]{1,18}))?")
 _DATASET_FIELDS = {"__module__", "__class__", "subflavors"}
 _INFO_FIELDS = {"energon_version", "shard_counts"}
 _SPLIT_FIELDS = {"split_parts", "exclude"}
@@ -33,10 +37,15 @@ class DatasetFolder:
     """What a checked dataset holds."""
 
     path: EPath
-    samples: dict[str, int]
-    """Samples of each split."""
+    shards: dict[str, dict[str, int]]
+    """Samples of each shard of each split."""
     identity: str
     """Equal for a copy of the dataset elsewhere, different for another dataset."""
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        return {name: sum(counts.values()) for name, counts in self.shards.items()}
 
 
 def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
@@ -57,15 +66,15 @@ def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
     split = _read(root, "split.yaml", "split.json", allowed=_SPLIT_FIELDS)
     counts = _mapping(info.get("shard_counts"), root, "shard_counts")
     parts = _mapping(split.get("split_parts"), root, "split_parts")
-    excluded = set(_expand(split.get("exclude") or [], root))
+    excluded = set(_expand(split.get("exclude") or [], root, len(counts)))
     shards = {
-        name: [shard for shard in _expand(listed or [], root) if shard not in excluded]
+        name: [shard for shard in _expand(listed or [], root, len(counts)) if shard not in excluded]
         for name, listed in parts.items()
     }
     _check_shards(root, shards, counts)
     return DatasetFolder(
         path=root,
-        samples={name: sum(counts[shard] for shard in listed) for name, listed in shards.items()},
+        shards={name: {shard: counts[shard] for shard in listed} for name, listed in shards.items()},
         identity=_identity(root, shards, counts),
     )
 
@@ -148,10 +157,28 @@ def _mapping(value: Any, root: EPath, field: str) -> dict[str, Any]:
     return value
 
 
-def _expand(patterns: Any, root: EPath) -> list[str]:
+def _expand(patterns: Any, root: EPath, num_shards: int) -> list[str]:
+    """Names that patterns (shard_{000000..000009}.tar) mean; counted first, as a few bytes may name billions."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise UserError(f"{root}/{_META}: splits should be lists of shard names; {_HOW_TO_MAKE_ONE}")
+    if sum(map(_num_names, patterns)) > num_shards:
+        raise UserError(f"{root}/{_META}: splits name more than the {num_shards} shards there are; {_HOW_TO_MAKE_ONE}")
     return [name for pattern in patterns for name in braceexpand.braceexpand(pattern)]
+
+
+def _num_names(pattern: str) -> float:
+    """How many names a pattern stands for; infinite for one that no writer makes."""
+    if re.search(r"[{}]", _BRACES.sub("", pattern)) or re.search("[0-9]{19}", pattern):
+        return math.inf
+    number = 1
+    for inner in _BRACES.findall(pattern):
+        ends = _RANGE.fullmatch(inner)
+        if ends is None:
+            number *= inner.count(",") + 1
+        else:
+            first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
+            number *= abs(first - last) // max(1, int(ends[3] or 1)) + 1
+    return number
 
 
 def _check_shards(root: EPath, shards: dict[str, list[str]], counts: dict[str, Any]) -> None:
@@ -159,7 +186,7 @@ def _check_shards(root: EPath, shards: dict[str, list[str]], counts: dict[str, A
     for name in names:
         if "://" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise UserError(f"{root}/{_META}: the shard {name!r} lies outside the dataset")
-        if not isinstance(counts.get(name), int):
+        if type(counts.get(name)) is not int or counts[name] < 0:
             raise UserError(f"{root}/{_META}: the shard {name!r} has no sample count; {_HOW_TO_MAKE_ONE}")
     if not root.is_local():
         return

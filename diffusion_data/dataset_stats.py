@@ -28,6 +28,7 @@ class DatasetStats:
     latent_shapes: Counter[str] = field(default_factory=Counter)
     resolutions: Counter[str] = field(default_factory=Counter)
     num_frames: Counter[str] = field(default_factory=Counter)
+    framerates: Counter[str] = field(default_factory=Counter)
     text_tokens: Counter[str] = field(default_factory=Counter)
     cropped_percent: Counter[str] = field(default_factory=Counter)
 
@@ -36,7 +37,10 @@ class DatasetStats:
         self._add_moments(values.shape[1], values.sum(1).numpy(), values.square().sum(1).numpy())
         self.latent_shapes["x".join(map(str, sample.latent.shape))] += 1
         self.resolutions[sample.metadata["resolution"]] += 1
-        self.num_frames[str(sample.metadata["num_frames"])] += 1
+        if sample.metadata["num_frames"] is not None:  # as of clips whose writer didn't tell
+            self.num_frames[str(sample.metadata["num_frames"])] += 1
+        if sample.metadata["framerate"] is not None:
+            self.framerates[f"{sample.metadata['framerate']:.6g}"] += 1
         self.text_tokens[str(len(sample.text_embedding))] += 1
         self.cropped_percent[str(_cropped_percent(sample.metadata))] += 1
 
@@ -74,12 +78,13 @@ class DatasetStats:
             ],
             "resolutions": dict(self.resolutions.most_common()),
             "num_frames": _by_number(self.num_frames),
+            "framerates": _by_number(self.framerates),
             "text_tokens": _by_number(self.text_tokens),
             "cropped_percent": _by_number(self.cropped_percent),
         }
 
 
-_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "text_tokens", "cropped_percent")
+_COUNTERS = ("latent_shapes", "resolutions", "num_frames", "framerates", "text_tokens", "cropped_percent")
 
 
 def _cropped_percent(metadata: dict[str, Any]) -> int:
@@ -90,4 +95,4 @@ def _cropped_percent(metadata: dict[str, Any]) -> int:
 
 
 def _by_number(counter: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: int(item[0])))
+    return dict(sorted(counter.items(), key=lambda item: float(item[0])))

@@ -194,7 +194,7 @@ class BasicDiffusionTaskEncoder(DiffusionStages):
         """The sample, or a counted skip if its parts aren't what they should be."""
         refused = [part.reason for part in sample.parts.values() if isinstance(part, BadPart)]
         if refused:
-            raise self.skips.skip(sample.__key__, SkipReason.unreadable, "; ".join(refused))
+            raise self.skips.skip(_place(sample), SkipReason.unreadable, "; ".join(refused))
         try:
             stored = LatentSample.from_parts(sample.__key__, sample.parts)
             for field in self._numbers:
@@ -206,7 +206,7 @@ class BasicDiffusionTaskEncoder(DiffusionStages):
             TypeError,
             RuntimeError,
         ) as error:  # torch's refusals to convert are RuntimeErrors
-            raise self.skips.skip(sample.__key__, SkipReason.unreadable, str(error)) from error
+            raise self.skips.skip(_place(sample), SkipReason.unreadable, str(error)) from error
         return stored
 
     def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> int:
@@ -234,6 +234,12 @@ class BasicDiffusionTaskEncoder(DiffusionStages):
         if largest > self.max_magnitude:
             raise self.skips.skip(key, SkipReason.too_large_values, f"the latent reaches {largest:g}")
         return length
+
+
+def _place(sample: CookedSample) -> str:
+    """The sample's shard and key, for those who have to find it."""
+    shards = {source.shard_name for source in sample.__sources__ or ()}
+    return " of ".join([sample.__key__, *sorted(filter(None, shards))])
 
 
 def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) -> int:

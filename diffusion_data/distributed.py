@@ -11,10 +11,11 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import HashStore, PrefixStore, Store
@@ -28,6 +29,8 @@ _SECONDS_OF_SILENCE = 300.0  # a rank may stand still for a minute, on a stuck d
 
 # Launchers other than torchrun would start as many independent jobs, all of them on the same output.
 _OTHER_LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+Item = TypeVar("Item")
 
 
 class Ranks:
@@ -67,7 +70,8 @@ class Ranks:
             local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
             store=store,
         )
-        ranks._join_this_start()
+        with _lost_store_explained():
+            ranks._join_this_start()
         return ranks
 
     def _join_this_start(self) -> None:
@@ -86,10 +90,11 @@ class Ranks:
 
     def _answer(self, common: Store, prefix: str) -> None:
         answered = 0
-        while not self._ended.wait(_POLL_SECONDS):
-            while answered < common.add("questions", 0) and common.check([f"question/{answered + 1}"]):
-                answered += 1
-                common.set(f"answer/{common.get(f'question/{answered}').decode()}", prefix)
+        with suppress(torch.distributed.DistError):  # the store is gone: the main thread will notice
+            while not self._ended.wait(_POLL_SECONDS):
+                while answered < common.add("questions", 0) and common.check([f"question/{answered + 1}"]):
+                    answered += 1
+                    common.set(f"answer/{common.get(f'question/{answered}').decode()}", prefix)
 
     def __enter__(self) -> Ranks:
         self._run_until_end(self._beat)
@@ -101,9 +106,10 @@ class Ranks:
             thread.join()
 
     def _beat(self) -> None:
-        self.count(f"beats/{self.rank}", 1)
-        while not self._ended.wait(_SECONDS_BETWEEN_BEATS):
+        with suppress(UserError):  # the store is gone: the main thread will notice
             self.count(f"beats/{self.rank}", 1)
+            while not self._ended.wait(_SECONDS_BETWEEN_BEATS):
+                self.count(f"beats/{self.rank}", 1)
 
     def _run_until_end(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, daemon=True)
@@ -112,7 +118,8 @@ class Ranks:
 
     def publish(self, key: str, value: Any) -> None:
         """Set `key` to a json value for every rank to read."""
-        self.store.set(key, json.dumps(value))
+        with _lost_store_explained():
+            self.store.set(key, json.dumps(value))
 
     def receive(self, key: str, publisher: int = 0) -> Any:
         """The value of `key`, waiting for it as long as rank `publisher` is alive.
@@ -120,25 +127,33 @@ class Ranks:
         Raises:
             UserError: it has shown no sign of life for minutes.
         """
-        beats, since = -1, time.monotonic()
-        while not self.store.check([key]):
-            time.sleep(_POLL_SECONDS)
-            now = self.count(f"beats/{publisher}")
-            if now != beats:
-                beats, since = now, time.monotonic()
-            elif time.monotonic() - since > _SECONDS_OF_SILENCE:
-                raise UserError(
-                    f"rank {publisher} has stopped without a word; what is finished is kept: run the same command again"
-                )
-        return json.loads(self.store.get(key))
+        # Looks are counted, not seconds: while all ranks are stopped together, nobody falls silent.
+        beats, looks = -1, 0
+        with _lost_store_explained():
+            while not self.store.check([key]):
+                time.sleep(_POLL_SECONDS)
+                now = self.count(f"beats/{publisher}")
+                beats, looks = now, looks + 1 if now == beats else 0
+                if looks * _POLL_SECONDS > _SECONDS_OF_SILENCE:
+                    raise UserError(
+                        f"rank {publisher} has stopped without a word; what is finished is kept: "
+                        "run the same command again"
+                    )
+            return json.loads(self.store.get(key))
 
     def claim(self, counter: str) -> int:
         """The next number, from 0, that no other rank was given."""
-        return self.store.add(counter, 1) - 1
+        return self.count(counter, 1) - 1
+
+    def claimed(self, items: Sequence[Item], counter: str) -> Iterator[Item]:
+        """This rank's share of items that all ranks go through together: whoever is free takes the next."""
+        while (number := self.claim(counter)) < len(items):
+            yield items[number]
 
     def count(self, counter: str, amount: int = 0) -> int:
         """Add to a shared counter; returns the total over all ranks."""
-        return self.store.add(counter, amount)
+        with _lost_store_explained():
+            return self.store.add(counter, amount)
 
     def device(self, choice: str) -> torch.device:
         """The device of this rank for option `device` = auto, cpu or cuda."""
@@ -154,6 +169,17 @@ class Ranks:
                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
             )
         return torch.device("cuda", self.local_rank)
+
+
+@contextmanager
+def _lost_store_explained() -> Iterator[None]:
+    """torchrun keeps the store: without it this rank can't know what is left to do."""
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        raise UserError(
+            "torchrun, or the node that keeps its store, is gone; what is finished is kept: run the same command again"
+        ) from error
 
 
 def usable_cpus() -> int:

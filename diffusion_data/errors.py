@@ -12,6 +12,7 @@ class UserError(Exception):
 class Reason(str, Enum):
     """Why a row was rejected: the fixed vocabulary of the ledger and of rejected.jsonl."""
 
+    damaged_source = "damaged_source"
     null_media = "null_media"
     empty = "empty"
     not_found = "not_found"

@@ -29,6 +29,8 @@ _OPEN_FLAGS = (
     | getattr(os, "O_CLOEXEC", 0)
 )
 
+_NEVER_DATA = ("/proc", "/sys")  # whose files say they are regular, yet hold secrets, or block
+
 
 class Fetcher:
     """Opens references relative to root."""
@@ -48,6 +50,8 @@ class Fetcher:
             timeout_seconds=config.fetch_timeout_seconds,
             max_bytes=config.max_fetch_bytes,
             retries=config.fetch_retries,
+            max_redirects=config.max_redirects,
+            max_connections_per_host=config.max_connections_per_host,
         )
 
     def open(self, reference: str) -> BinaryIO:
@@ -76,12 +80,19 @@ class Fetcher:
         real_path = os.path.realpath(os.path.join(self.root, path))
         if not any(_is_inside(real_path, folder) for folder in self.local_roots):
             raise RowRejected(Reason.forbidden_path, f"{path} is outside the parquet's folder and media.allowed_roots")
+        if any(_is_inside(real_path, folder) for folder in _NEVER_DATA):
+            raise RowRejected(Reason.forbidden_path, f"{path} is not a file on a disk")
         try:
-            descriptor = os.open(real_path, _OPEN_FLAGS)
+            descriptor = -1
+            is_regular = stat.S_ISREG(os.stat(real_path).st_mode)  # first, for opening a device may do something
+            if is_regular:
+                descriptor = os.open(real_path, _OPEN_FLAGS)
+                is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         except OSError as error:
             raise RowRejected(_reason_of(error), f"{path}: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
+        if not is_regular:
+            if descriptor >= 0:
+                os.close(descriptor)
             raise RowRejected(Reason.forbidden_path, f"{path} is not a regular file")
         return os.fdopen(descriptor, "rb")
 

@@ -18,9 +18,10 @@ import yaml
 
 from diffusion_data.dataset_stats import DatasetStats
 from diffusion_data.durable_file import durable_file, write_json
-from diffusion_data.energon_metadata import META_FOLDER, write_energon_metadata
+from diffusion_data.energon_metadata import META_FOLDER, metadata_faults, record_metadata, write_energon_metadata
 from diffusion_data.errors import UserError
 from diffusion_data.ledger import Ledger, LedgerEntry
+from diffusion_data.run_folder import refuse_foreign_shards
 from diffusion_data.shard_plan import Shard, asked_splits, assign_splits
 
 EMPTY_CAPTION = "empty_caption.pickle"
@@ -51,13 +52,17 @@ def finish_dataset(
     split_ratio: Sequence[float],
     seed: int,
     empty_caption: np.ndarray,
+    verify_full: bool = False,
 ) -> Totals:
     """Write everything beside the shards.
 
+    verify_full: of what energon has made of them before, compare checksums too
+
     Raises:
-        UserError: a shard has no ledger entry, or no row was written at all.
+        UserError: a shard has no ledger entry, or no row was written at all, or there are shards of something else.
     """
     run = output_dir / "run"
+    refuse_foreign_shards(output_dir, shards)
     sums = _LedgerSums()
     with durable_file(run / "rejected.jsonl") as file:
         for entry in _all_entries(ledger, shards):
@@ -70,7 +75,7 @@ def finish_dataset(
         )
     with durable_file(run / EMPTY_CAPTION) as file:
         file.write(pickle.dumps(empty_caption, protocol=5))
-    splits = _write_metadata(output_dir, list(sums.counts), split_ratio, seed)
+    splits = _write_metadata(output_dir, sums.counts, split_ratio, seed, verify_full)
     totals = Totals(
         rows=shards[-1].stop,
         written=sum(sums.counts.values()),
@@ -159,13 +164,19 @@ def _rounded(seconds: Counter[str]) -> dict[str, float]:
 
 
 def _write_metadata(
-    output_dir: Path, files: Sequence[str], split_ratio: Sequence[float], seed: int
+    output_dir: Path, counts: dict[str, int], split_ratio: Sequence[float], seed: int, full: bool
 ) -> dict[str, list[str]]:
-    """Make `.nv-meta`, unless it is there already with these splits: then nothing has changed."""
-    splits = assign_splits(files, split_ratio, seed)
-    folder = output_dir / META_FOLDER
-    if (folder / "dataset.yaml").exists():
-        written = yaml.safe_load((folder / "split.yaml").read_text())
+    """Make `.nv-meta`, unless it is there already with these splits, as it was written: then nothing has changed."""
+    splits = assign_splits(list(counts), split_ratio, seed)
+    if metadata_faults(output_dir, counts, full) == []:
+        written = yaml.safe_load((output_dir / META_FOLDER / "split.yaml").read_text())
         if written["split_parts"] == splits:
             return splits
-    return write_energon_metadata(output_dir, files, split_ratio, seed)
+    try:
+        write_energon_metadata(output_dir, list(counts), split_ratio, seed, counts)
+    except RuntimeError as error:
+        raise UserError(
+            f"output_dir: {error}; make room or mend the disk, and run the same command again with verify=full"
+        ) from error
+    record_metadata(output_dir, counts)
+    return splits

@@ -7,37 +7,25 @@ internal services. Proxies named in the environment (https_proxy, no_proxy) are 
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
 import time
 from functools import cached_property
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    DecodeError,
-    HTTPError,
-    LocationValueError,
-    NameResolutionError,
-    NewConnectionError,
-    SSLError,
-)
+from urllib3.exceptions import DecodeError, HTTPError, LocationValueError, NewConnectionError, SSLError
 from urllib3.exceptions import TimeoutError as UrllibTimeoutError
-from urllib3.util.connection import create_connection
+from urllib3.util import parse_url
 
 from diffusion_data.errors import Reason, RowRejected
+from diffusion_data.guarded_pool import CutOff, check_public, guarded_pool, proxy_pool
+from diffusion_data.host_slots import HostSlots, NoSlot
 
-_MAX_REDIRECTS = 5
 _CONNECT_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_WORTH_A_RETRY = (408, 429, 500, 502, 503, 504)
 _HEADERS = {"User-Agent": "diffusion_data", "Accept": "image/*,video/*,*/*;q=0.5"}
 
 BACKOFF_SECONDS = 0.5  # before the first retry; doubles with each
@@ -52,11 +40,22 @@ class _Retryable(Exception):
 class HttpFetcher:
     """Fetches URLs over one connection pool a process; picklable, the pool stays behind."""
 
-    def __init__(self, *, allowed_hosts: tuple[str, ...], timeout_seconds: float, max_bytes: int, retries: int) -> None:
+    def __init__(
+        self,
+        *,
+        allowed_hosts: tuple[str, ...],
+        timeout_seconds: float,
+        max_bytes: int,
+        retries: int,
+        max_redirects: int,
+        max_connections_per_host: int,
+    ) -> None:
         self.allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self.timeout_seconds = timeout_seconds
         self.max_bytes = max_bytes
         self.retries = retries
+        self.max_redirects = max_redirects
+        self.slots = HostSlots(max_connections_per_host)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_pools"}
@@ -64,6 +63,15 @@ class HttpFetcher:
     def fetch(self, url: str) -> bytes:
         """The body behind url. timeout_seconds bounds it all: redirects, retries and the waits between."""
         deadline = time.monotonic() + self.timeout_seconds
+        with CutOff(self.timeout_seconds) as cut_off:
+            try:
+                return self._try_again(url, deadline)
+            except RowRejected as rejected:
+                if cut_off.is_over and rejected.reason is Reason.fetch_error:  # whatever it looked like
+                    raise RowRejected(Reason.timeout, f"{url}: not done in {self.timeout_seconds} s") from rejected
+                raise
+
+    def _try_again(self, url: str, deadline: float) -> bytes:
         attempt = 0
         while True:
             try:
@@ -77,24 +85,39 @@ class HttpFetcher:
 
     def _follow(self, url: str, deadline: float) -> bytes:
         target = url
-        for _ in range(_MAX_REDIRECTS + 1):
+        for _ in range(self.max_redirects + 1):
             if urlsplit_scheme(target) not in ("http", "https"):
                 raise RowRejected(Reason.forbidden_url, f"{url}: only http and https are fetched, not {target}")
-            response = self._get(target, deadline)
             try:
-                location = response.headers.get("Location")
-                if response.status not in _REDIRECTS or not location:
-                    return self._body(url, response, deadline)
-                target = urljoin(target, location)
-            except UrllibTimeoutError as error:
-                raise _Retryable(Reason.timeout, f"timed out while reading ({error})") from error
-            except (DecodeError, ValueError) as error:  # broken compression, broken Location
-                raise RowRejected(Reason.fetch_error, f"{url}: {error}") from error
-            except (HTTPError, OSError) as error:
-                raise _Retryable(Reason.fetch_error, f"broke off while reading ({error})") from error
-            finally:
-                response.close()
-        raise RowRejected(Reason.fetch_error, f"{url}: more than {_MAX_REDIRECTS} redirects")
+                with self.slots.hold(_host_of(target), deadline):
+                    answer = self._answer(url, target, deadline)
+            except NoSlot as error:
+                raise _Retryable(
+                    Reason.timeout,
+                    f"media.max_connections_per_host={self.slots.number} connections to {error} were busy "
+                    f"for media.fetch_timeout_seconds={self.timeout_seconds}",
+                ) from error
+            if isinstance(answer, bytes):
+                return answer
+            target = answer
+        raise RowRejected(Reason.fetch_error, f"{url}: more than media.max_redirects={self.max_redirects} redirects")
+
+    def _answer(self, url: str, target: str, deadline: float) -> bytes | str:
+        """The body, or where it is to be looked for instead."""
+        response = self._get(target, deadline)
+        try:
+            location = response.headers.get("Location")
+            if response.status not in _REDIRECTS or not location:
+                return self._body(url, response, deadline)
+            return urljoin(target, location)
+        except UrllibTimeoutError as error:
+            raise _Retryable(Reason.timeout, f"timed out while reading ({error})") from error
+        except (DecodeError, ValueError) as error:  # broken compression, broken Location
+            raise RowRejected(Reason.fetch_error, f"{url}: {error}") from error
+        except (HTTPError, OSError) as error:
+            raise _Retryable(Reason.fetch_error, f"broke off while reading ({error})") from error
+        finally:
+            response.close()
 
     def _get(self, url: str, deadline: float) -> urllib3.BaseHTTPResponse:
         left = deadline - time.monotonic()
@@ -124,19 +147,18 @@ class HttpFetcher:
         if announced.isdigit() and int(announced) > self.max_bytes:
             raise RowRejected(Reason.too_large, too_large)
         body = bytearray()
-        # read1 returns what has come, so that a server which drips bytes can't outlast the deadline.
         while chunk := response.read1(_CHUNK_BYTES):
             body += chunk
             if len(body) > self.max_bytes:
                 raise RowRejected(Reason.too_large, too_large)
-            if time.monotonic() > deadline:
-                raise _Retryable(Reason.timeout, f"not done in {self.timeout_seconds} s")
+        if time.monotonic() > deadline:  # a connection that was cut off may look like the end of the body
+            raise _Retryable(Reason.timeout, f"not done in {self.timeout_seconds} s")
         return bytes(body)
 
     @staticmethod
     def _check_status(url: str, response: urllib3.BaseHTTPResponse) -> None:
         status = f"the server answered {response.status} {response.reason or ''}".rstrip()
-        if response.status in _WORTH_A_RETRY:
+        if response.status == 429 or response.status >= 500:
             after = response.headers.get("Retry-After", "")
             raise _Retryable(Reason.fetch_error, status, float(after) if after.isdigit() else 0.0)
         if response.status in (404, 410):
@@ -146,16 +168,15 @@ class HttpFetcher:
 
     def _pool_for(self, url: str) -> urllib3.PoolManager:
         """One pool manager for direct connections and one a proxy, made anew in a forked process."""
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        proxy = getproxies().get(parts.scheme.lower())
+        host = _host_of(url)
+        proxy = getproxies().get(urlsplit_scheme(url))
         if proxy and not proxy_bypass(host):
-            _check_public(host, self.allowed_hosts, may_be_unknown=True)
+            check_public(host, self.allowed_hosts, may_be_unknown=True)
         else:
             proxy = None
         key = (os.getpid(), proxy)
         if key not in self._pools:
-            self._pools[key] = urllib3.ProxyManager(proxy) if proxy else guarded_pool(self.allowed_hosts)
+            self._pools[key] = proxy_pool(proxy) if proxy else guarded_pool(self.allowed_hosts)
         return self._pools[key]
 
     @cached_property
@@ -169,69 +190,9 @@ def urlsplit_scheme(reference: str) -> str:
     return scheme.lower() if found and scheme[:1].isalpha() and "/" not in scheme else ""
 
 
-def guarded_pool(allowed_hosts: frozenset[str]) -> urllib3.PoolManager:
-    """A pool manager whose connections refuse non-public addresses, allowed_hosts excepted."""
-
-    class GuardedHTTP(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connect(self, allowed_hosts)
-
-    class GuardedHTTPS(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connect(self, allowed_hosts)
-
-    class GuardedHTTPPool(HTTPConnectionPool):
-        ConnectionCls = GuardedHTTP
-
-    class GuardedHTTPSPool(HTTPSConnectionPool):
-        ConnectionCls = GuardedHTTPS
-
-    manager = urllib3.PoolManager()
-    manager.pool_classes_by_scheme = {"http": GuardedHTTPPool, "https": GuardedHTTPSPool}
-    return manager
-
-
-def _connect(connection: HTTPConnection, allowed_hosts: frozenset[str]) -> socket.socket:
-    """Connects to the very addresses that were checked: a name can't change its mind in between."""
+def _host_of(url: str) -> str:
+    """As urllib3 will understand the URL; '' where it won't."""
     try:
-        addresses = _check_public(connection.host, allowed_hosts)
-    except socket.gaierror as error:
-        raise NameResolutionError(connection.host, connection, error) from error
-    failure: OSError = OSError("no address")
-    for address in addresses:
-        try:
-            return create_connection(
-                (address, connection.port), connection.timeout, socket_options=connection.socket_options
-            )
-        except OSError as error:  # noqa: PERF203  the next address may answer
-            failure = error
-    if isinstance(failure, TimeoutError):
-        raise ConnectTimeoutError(connection, f"{connection.host} did not answer") from failure
-    raise NewConnectionError(connection, f"can't connect: {failure}") from failure
-
-
-def _check_public(host: str, allowed_hosts: frozenset[str], may_be_unknown: bool = False) -> list[str]:
-    """The addresses of host; forbidden_url if one of them is not public and the host was not allowed."""
-    host = host.strip("[]")
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        if may_be_unknown:  # behind a proxy names may only resolve there
-            return []
-        raise
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if host.lower() not in allowed_hosts:
-        for address in addresses:
-            if not _is_public(address):
-                raise RowRejected(
-                    Reason.forbidden_url,
-                    f"{host} is at {address}, which is not public; media.allowed_hosts can allow it",
-                )
-    return addresses
-
-
-def _is_public(address: str) -> bool:
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address):
-        parsed = parsed.ipv4_mapped or parsed.sixtofour or parsed
-    return parsed.is_global and not parsed.is_multicast
+        return (parse_url(url).host or "").strip("[]").lower()
+    except LocationValueError:
+        return ""

@@ -85,8 +85,10 @@ class LatentSample:
         from the latent as far as it can be (see `derived_metadata`).
 
         Raises:
-            ValueError: a part is missing or has an impossible shape; the message names the key.
+            ValueError: a part is missing or has an impossible shape, or the key is none; the message names the key.
         """
+        if key.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"{key}: a key can't lead out of a folder")
         latent = torch.as_tensor(_part(parts, LATENT_PART, key)).to(torch.bfloat16)
         if latent.ndim == 5 and latent.shape[0] == 1:
             latent = latent[0]

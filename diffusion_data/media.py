@@ -91,10 +91,17 @@ class MediaConfig:
     """Longest that one URL may take, its redirects, retries and waits included."""
     fetch_retries: int = 3
     """More tries after a passing failure (429, 5xx, broken connection); no other answer is retried."""
+    max_redirects: int = 5
+    """Most redirects that are followed from one URL."""
+    max_connections_per_host: int = 32
+    """Most connections to one host at a time, by all processes of a node together; waiting for one counts as
+    fetching. Few are polite to a museum's server, a cloud's storage bears hundreds."""
     max_fetch_bytes: int = 2 * 1024**3
     """Largest body taken from a URL or a remote filesystem; it is held in memory."""
     max_pixels: int = 100_000_000
     """Most pixels of a source picture or video frame, which decoding holds in memory; at most Pillow's limit."""
+    min_frames: int = 1
+    """Fewest frames that a clip may have in the dataset, after resampling and cutting; pictures are not clips."""
     max_frames: int = 1024
     """Most frames when num_frames sets no limit: a longer video is rejected instead of filling the memory."""
     max_aspect_ratio: float = 10.0
@@ -115,11 +122,20 @@ class MediaConfig:
             raise ValueError(f"media.resize is short_side or buckets, got {self.resize!r}")
         if self.resize == "buckets" and self.short_side is None:
             raise ValueError("media.resize=buckets needs media.short_side: the side of the square one")
-        for name in ("fetch_timeout_seconds", "max_fetch_bytes", "max_pixels", "max_frames", "min_side"):
+        for name in (
+            "fetch_timeout_seconds", "max_connections_per_host", "max_fetch_bytes", "max_pixels", "min_frames",
+            "max_frames", "min_side",
+        ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"media.{name} must be above 0, got {getattr(self, name)}")
-        if self.fetch_retries < 0:
-            raise ValueError(f"media.fetch_retries must be 0 or more, got {self.fetch_retries}")
+        for name in ("fetch_retries", "max_redirects"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"media.{name} must be 0 or more, got {getattr(self, name)}")
+        longest = "max_frames" if self.num_frames is None else "num_frames"
+        if getattr(self, longest) < self.min_frames:
+            raise ValueError(
+                f"media.min_frames={self.min_frames} is more than media.{longest}={getattr(self, longest)}"
+            )
         if self.max_aspect_ratio < 1:
             raise ValueError(f"media.max_aspect_ratio must be 1 or more, got {self.max_aspect_ratio}")
         if self.max_pixels > _PILLOW_LIMIT_PIXELS:
@@ -168,7 +184,7 @@ class MediaLoader:
         pixels, fps = frames.pixels, frames.fps
         if fps is not None and config.fps is not None and not math.isclose(fps, config.fps, rel_tol=1e-6):
             pixels, fps = _resample(pixels, fps, config.fps), config.fps
-        pixels = self._trim(pixels)
+        pixels = self._trim(pixels, is_clip=frames.fps is not None or frames.num_frames > 1)
         height, width = frames.height, frames.width
         plan = self._plan_size(height, width)
         if (plan.height, plan.width) != (height, width):
@@ -191,7 +207,7 @@ class MediaLoader:
         limit = self.config.max_frames + 1 if num_frames is None else self._snapped(num_frames)
         video = decode_video(file, self.config, self._plan, limit)
         return Frames(
-            pixels=self._trim(video.pixels),
+            pixels=self._trim(video.pixels, is_clip=True),
             fps=video.fps,
             source_height=video.source_height,
             source_width=video.source_width,
@@ -224,17 +240,27 @@ class MediaLoader:
                 f"{width} x {height} pixels, beyond media.max_aspect_ratio={self.config.max_aspect_ratio}",
             )
 
-    def _trim(self, pixels: np.ndarray) -> np.ndarray:
+    def _trim(self, pixels: np.ndarray, *, is_clip: bool) -> np.ndarray:
         if self.config.num_frames is None and len(pixels) > self.config.max_frames:
             raise RowRejected(
                 Reason.too_large,
                 f"more than media.max_frames={self.config.max_frames} frames; media.num_frames cuts clips",
             )
-        return pixels[: self._snapped(min(len(pixels), self.config.num_frames or len(pixels)))]
+        kept = self._snapped(min(len(pixels), self.config.num_frames or len(pixels)))
+        if is_clip and kept < self.config.min_frames:
+            raise RowRejected(
+                Reason.too_few_frames,
+                f"{len(pixels)} frames, cut to {kept}, less than media.min_frames={self.config.min_frames}",
+            )
+        return pixels[:kept]
 
     def _snapped(self, num_frames: int) -> int:
-        """The largest 1 + k * t that is not above num_frames."""
-        return 1 + (num_frames - 1) // self.temporal_compression * self.temporal_compression
+        return snapped(num_frames, self.temporal_compression)
+
+
+def snapped(num_frames: int, temporal_compression: int) -> int:
+    """The largest 1 + k * temporal_compression that is not above num_frames."""
+    return 1 + (num_frames - 1) // temporal_compression * temporal_compression
 
 
 def _unwrap(struct: Mapping[str, Any]) -> Any:

@@ -13,24 +13,27 @@ import inspect
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from diffusion_data.busy_shares import BusyShares
 from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
+from diffusion_data.durable_file import explained
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import files_digest, library_versions, module_digest
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
+from diffusion_data.forecast import make_forecast
+from diffusion_data.forecast_text import Machines, forecast_text
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
@@ -38,10 +41,13 @@ from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
 from diffusion_data.reject_limit import counted
 from diffusion_data.resize import resampler
-from diffusion_data.row_decoder import RowDecoder, resolve_process_func, takes_media
+from diffusion_data.retries import shards_that_gain
+from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
 from diffusion_data.run_folder import RunFolder
+from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
+from diffusion_data.source_frames import SourceFrames
 from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.stage_times import StageTimes
 from diffusion_data.summary import summary
@@ -50,7 +56,10 @@ from diffusion_data.t5_text_encoder import T5TextEncoder
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
 
 # Options that decide whether a row's media can be had, but not what comes of it.
-_WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
+_WAYS_TO_FETCH = (
+    "allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_redirects",
+    "max_connections_per_host", "max_fetch_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,7 @@ class Encoders:
 
 
 def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: StageTimes | None = None) -> Totals | None:
-    """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others.
+    """Run the job on this rank. Returns the dataset's totals on rank 0, None on the others, and after plan=true.
 
     encoders: ready ones instead of those that the config names
     phases: gets the seconds of "start up", "encode" and "finish"
@@ -72,67 +81,163 @@ def prepare(config: PrepareConfig, encoders: Encoders | None = None, phases: Sta
     """
     start_process_server()
     with Ranks.connect() as ranks:
+        if config.plan:
+            if ranks.rank == 0:
+                print(_forecast(config, ranks, encoders))
+            return None
         return _prepare(config, ranks, encoders, phases or StageTimes())
 
 
 def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, phases: StageTimes) -> Totals | None:
-    with ExitStack() as until_encoded:
-        with phases.busy("start up"):
-            job = _plan(config, ranks, encoders)
-            num_todo = sum(shard.num_rows for shard in job.todo)
-            if job.todo:
-                until_encoded.enter_context(closing(job.source))
-                workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
-        with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
-            if job.todo:
-                _encode_shards(config, ranks, job, workers)
-            ranks.publish(f"finished/{ranks.rank}", True)
-            if ranks.rank != 0:
-                return None
-            for rank in range(ranks.world_size):
-                ranks.receive(f"finished/{rank}", publisher=rank)
-    with phases.busy("finish"):
-        empty_caption = job.encoders.text_encoder.encode([""])[0]
-        totals = finish_dataset(
-            Path(config.output_dir), job.ledger, job.shards, config.split_ratio, config.seed, empty_caption
-        )
-        read_one_batch(Path(config.output_dir), config.split_ratio)
-    print(summary(config, totals, num_todo, phases.seconds()))
+    output_dir = Path(config.output_dir)
+    with ExitStack() as until_finished:
+        with ExitStack() as until_encoded:
+            with phases.busy("start up"):
+                job = _plan(config, ranks, encoders, until_finished)
+                if job.todo or job.retry:
+                    until_encoded.enter_context(closing(job.source))
+                    workers = until_encoded.enter_context(_decode_workers(config, ranks, job.encoders.tokenizer))
+                if job.retry:
+                    job = _with_retries(config, ranks, job, workers)
+                num_todo = sum(shard.num_rows for shard in job.todo)
+            with phases.busy("encode"), Progress(ranks, job.source.num_rows, job.source.num_rows - num_todo):
+                if job.todo:
+                    _encode_shards(config, ranks, job, workers)
+                ranks.publish(f"finished/{ranks.rank}", True)
+                if ranks.rank != 0:
+                    return None
+                for rank in range(ranks.world_size):
+                    ranks.receive(f"finished/{rank}", publisher=rank)
+        with phases.busy("finish"), explained(output_dir):
+            job.lock.check()
+            empty_caption = job.encoders.text_encoder.encode([""])[0]
+            totals = finish_dataset(
+                output_dir,
+                job.ledger,
+                job.shards,
+                config.split_ratio,
+                config.seed,
+                empty_caption,
+                verify_full=config.verify == "full",
+            )
+            read_one_batch(output_dir, config.split_ratio)
+        print(summary(config, totals, num_todo, phases.seconds()), flush=True)
+        if config.report and num_todo:
+            print(_write_report(config, job))
     return totals
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What every rank knows when it begins to encode; todo: the shards that aren't there yet."""
+    """What every rank knows when it begins to encode.
+
+    todo: shards that are to be made
+    retry: shards that are there, of which rejected rows are to be tried again
+    """
 
     encoders: Encoders
     source: ParquetSource
     shards: list[Shard]
     todo: list[Shard]
+    retry: list[Shard]
     ledger: Ledger
+    lock: RunLock
 
 
-def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Job:
-    """Rank 0 opens the source and the output folder; the others are told what it found."""
+def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_finished: ExitStack) -> _Job:
+    """Rank 0 opens the source and the output folder; the others are told what it found.
+
+    The output folder is this run's alone `until_finished`.
+    """
     device = ranks.device(config.device)
     _set_up_torch(device)
     source = _open_source(config, ranks)
+    folder = RunFolder(Path(config.output_dir))
+    if ranks.rank == 0:
+        folder.check()
+    lock = until_finished.enter_context(run_lock(folder.output_dir, ranks))
     encoders = encoders or load_encoders(config, device)
     shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
-    output_dir = Path(config.output_dir)
     if ranks.rank == 0:
-        folder = RunFolder(output_dir)
         ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
-        todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
-        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+        todo, retry = (
+            [shard.number for shard in some]
+            for some in folder.unfinished(
+                shards,
+                ledger,
+                max_reject_rate=config.max_reject_rate,
+                retry_rejected=config.retry_rejected,
+                verify=config.verify,
+            )
+        )
+        ranks.publish("plan", {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint})
     plan = ranks.receive("plan")
     return _Job(
         encoders=encoders,
         source=source,
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
-        ledger=Ledger(output_dir, plan["fingerprint"]),
+        retry=[shards[number] for number in plan["retry"]],
+        ledger=Ledger(folder.output_dir, plan["fingerprint"]),
+        lock=lock,
     )
+
+
+def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> str:
+    """What plan=true prints."""
+    device = ranks.device(config.device)
+    _set_up_torch(device)
+    with closing(_open_source(config, ranks)) as source:
+        encoders = encoders or load_encoders(config, device)
+        shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+        machines = Machines(
+            num_ranks=config.plan_gpus or ranks.world_size,
+            num_workers=_num_workers(config, ranks),
+            threads=None if device.type == "cuda" else _share_of_processors(ranks),
+            price_per_hour=config.plan_price,
+        )
+        with _decode_workers(config, ranks, encoders.tokenizer) as workers:
+            forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
+    return forecast_text(forecast, shards, machines, config.text_encoder.max_length, config.max_reject_rate)
+
+
+def _write_report(config: PrepareConfig, job: _Job) -> str:
+    """A line on it. The dataset is finished, so nothing that goes wrong here may fail the job."""
+    from diffusion_data.report import write_report  # reads shards with what training reads them with
+    from diffusion_data.report_sheet import SheetOptions
+
+    try:
+        page = write_report(
+            Path(config.output_dir),
+            Path(config.output_dir) / "run" / "report",
+            lambda: _with_decoder(config, job.encoders.tokenizer),
+            lambda tokenizer: SourceFrames(job.source, row_decoder(config, tokenizer)),
+            SheetOptions(),
+        )
+    except Exception as error:  # noqa: BLE001 - see above
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"  no report, but the dataset is complete ({told}); scripts/report_dataset.py tries again"
+    return f"  report: {page}"
+
+
+def _with_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> CosmosTokenizer:
+    """The job's tokenizer if it can decode, else the same one loaded with its decoder."""
+    if tokenizer.network.decoder is not None:
+        return tokenizer
+    return CosmosTokenizer.from_pretrained(
+        config.tokenizer.name, config.tokenizer.cache_dir, tokenizer.device, tokenizer.dtype
+    )
+
+
+def _with_retries(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> _Job:
+    """With the shards to do, of those to retry, that can gain rows now."""
+    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers)
+    if ranks.rank == 0:
+        print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
+        if gaining:
+            RunFolder(Path(config.output_dir)).drop_metadata()
+    numbers = sorted(gaining.union(shard.number for shard in job.todo))
+    return replace(job, todo=[job.shards[number] for number in numbers])
 
 
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
@@ -196,19 +301,19 @@ def _arguments(config: PrepareConfig) -> dict[str, Any]:
     function = resolve_process_func(target)
     signature = inspect.signature(function)
     given = {name: value for name, value in config.process_func.items() if name != "_target_"}
-    media = {"media": None} if takes_media(function) else {}
+    ours = dict.fromkeys(handed_over(function))
     try:
-        bound = signature.bind({}, **given, **media)
+        bound = signature.bind({}, **given, **ours)
     except TypeError as error:
         raise UserError(f"process_func: {target}{signature} can't be called: {error}") from error
     bound.apply_defaults()
     row, *_ = bound.arguments
     variadic = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
-    named = {name: value for name, value in bound.arguments.items() if name not in (row, "media", *variadic)}
+    named = {name: value for name, value in bound.arguments.items() if name not in (row, *ours, *variadic)}
     return named | {name: value for each in variadic for name, value in bound.arguments[each].items()}
 
 
-def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
+def row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder:
     return RowDecoder(
         process_func=config.process_func["_target_"],
         arguments=_arguments(config),
@@ -217,6 +322,7 @@ def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecode
         temporal_compression=tokenizer.temporal_compression,
         # A DiT cuts latents into patches of 2 x 2, so sides are multiples of two latent pixels.
         size_multiple=2 * tokenizer.spatial_compression,
+        empty_captions=config.empty_captions,
     )
 
 
@@ -243,6 +349,7 @@ def _fingerprint(
             "module_sha256": module_digest(resolve_process_func(config.process_func["_target_"])),
         },
         "metadata_columns": list(config.metadata_columns),
+        "empty_captions": config.empty_captions,
         "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
         "versions": library_versions(),
         "resampler": resampler(),
@@ -264,42 +371,53 @@ def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: Deco
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
     pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
+    encoders = 1 if job.encoders.tokenizer.device.type == "cuda" else max(1, threads)
+    busy = BusyShares(ranks, {"decoding": max(1, _num_workers(config, ranks)), "encoders": encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
-    shards = _claimed(ranks, job.todo)
+    before = {shard.number: job.ledger.read(shard) for shard in job.retry}
+    shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry]] = deque()
         results = counted(workers.map(rows), ranks, config.max_reject_rate)
         for encoded in pipeline.run(results):
-            pending.append(writing.submit(_write, writer, encoded))
+            pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 pending.popleft().result()
         for future in pending:
             future.result()
 
 
-def _write(writer: ShardWriter, encoded: EncodedShard) -> LedgerEntry:
+def _write(
+    writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
+) -> LedgerEntry:
     try:
-        return writer.write(encoded)
+        lock.check()
+        entry = writer.write(encoded, before)
     except OSError as error:
         raise UserError(
             f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
             "make room or mend the disk and run the same command again"
         ) from error
+    if entry is before:
+        print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
+    else:
+        busy.add(entry.stage_seconds)
+    return entry
 
 
 def _decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
-    number = _share_of_processors(ranks) if config.num_workers is None else config.num_workers
-    return DecodeWorkers(_row_decoder(config, tokenizer), number, config.row_timeout_seconds)
+    number = _num_workers(config, ranks)
+    timeout_seconds = config.row_timeout_seconds if number else None  # in this process nothing can be stopped
+    return DecodeWorkers(row_decoder(config, tokenizer), number, timeout_seconds)
+
+
+def _num_workers(config: PrepareConfig, ranks: Ranks) -> int:
+    return _share_of_processors(ranks) if config.num_workers is None else config.num_workers
 
 
 def _share_of_processors(ranks: Ranks) -> int:
     return max(1, usable_cpus() // ranks.local_world_size)
-
-
-def _claimed(ranks: Ranks, todo: list[Shard]) -> Iterator[Shard]:
-    while (number := ranks.claim("shards_claimed")) < len(todo):
-        yield todo[number]
 
 
 def prepare_from_command_line(options: DictConfig) -> None:

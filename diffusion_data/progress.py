@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
+from diffusion_data.busy_shares import busy_shares
 from diffusion_data.distributed import Ranks
+from diffusion_data.errors import UserError
 
 ROWS_DONE, ROWS_REJECTED = "rows_done", "rows_rejected"
 
@@ -19,7 +22,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Progress:
-    """Shows how far all ranks are: rows done, samples/s, time left, rejects. A context manager."""
+    """Shows how far all ranks are: rows, samples/s, time left, rejects, how busy stages are. A context manager."""
 
     def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO = sys.stderr) -> None:
         self._ranks = ranks
@@ -45,19 +48,25 @@ class Progress:
             self._thread.join()
 
     def _show(self) -> None:
-        if self._stream.isatty():
-            self._show_bar()
-        else:
-            self._show_lines()
+        with suppress(UserError):  # the store is gone: the main thread will notice
+            if self._stream.isatty():
+                self._show_bar()
+            else:
+                self._show_lines()
 
     def _show_bar(self) -> None:
         with tqdm(
-            total=self._total_rows, initial=self._done_before, unit="row", file=self._stream, smoothing=0.1
+            total=self._total_rows,
+            initial=self._done_before,
+            unit="row",
+            file=self._stream,
+            smoothing=0.1,
+            dynamic_ncols=True,
         ) as bar:
             while True:
                 stopping = self._stopped.wait(_SECONDS_BETWEEN_LOOKS)
                 bar.update(self._done_before + self._ranks.count(ROWS_DONE) - bar.n)
-                bar.set_postfix(rejected=self._ranks.count(ROWS_REJECTED))
+                bar.set_postfix_str(f"{self._ranks.count(ROWS_REJECTED)} rejected{_busy(self._ranks)}")
                 if stopping:
                     return
 
@@ -68,15 +77,22 @@ class Progress:
             done, rejected = self._ranks.count(ROWS_DONE), self._ranks.count(ROWS_REJECTED)
             seconds = time.monotonic() - started
             finished = self._done_before + done
-            left = (self._total_rows - finished) * seconds / done if done else None
+            left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
+            if finished == self._total_rows and not stopping:
+                left = "encoding the last"  # rows are counted when they are decoded
             print(
-                f"{finished}/{self._total_rows} rows, {(done - rejected) / seconds:.1f} samples/s, "
-                f"{format_seconds(left)} left, {rejected} rejected",
+                f"{finished}/{self._total_rows} rows, {(done - rejected) / seconds:.1f} samples/s, {left}, "
+                f"{rejected} rejected{_busy(self._ranks)}",
                 file=self._stream,
                 flush=True,
             )
             if stopping:
                 return
+
+
+def _busy(ranks: Ranks) -> str:
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in busy_shares(ranks).items())
+    return f"; busy: {shares}" if shares else ""
 
 
 def format_seconds(seconds: float | None) -> str:

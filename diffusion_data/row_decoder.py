@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import time
 import traceback
@@ -19,9 +20,9 @@ from hydra.utils import get_method
 
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import RESERVED_FIELDS
-from diffusion_data.media import MediaConfig, MediaLoader
+from diffusion_data.media import Frames, MediaConfig, MediaLoader, snapped
 from diffusion_data.parquet_reader import BadCell
-from diffusion_data.process_funcs import MediaSample
+from diffusion_data.process_funcs import MediaSample, checked_caption, is_unicode
 from diffusion_data.sources import Row
 
 _LONGEST_MESSAGE = 500  # characters
@@ -77,6 +78,7 @@ class RowDecoder:
     process_func: importable name; arguments: its other options
     temporal_compression: frames are trimmed to 1 + temporal_compression * t
     size_multiple: heights and widths are multiples of it
+    empty_captions: reject, or embed: as the empty text
     """
 
     process_func: str
@@ -85,14 +87,24 @@ class RowDecoder:
     media: MediaConfig
     temporal_compression: int
     size_multiple: int
+    empty_captions: str = "reject"
+
+    def __post_init__(self) -> None:
+        media = self.media
+        if media.num_frames and snapped(media.num_frames, self.temporal_compression) < media.min_frames:
+            kept = snapped(media.num_frames, self.temporal_compression)
+            raise UserError(
+                f"media.min_frames={media.min_frames}: media.num_frames={media.num_frames} leaves only {kept} frames, "
+                f"1 + k * {self.temporal_compression}"
+            )
 
     def __call__(self, row: Row) -> DecodedRow | RejectedRow:
         started, cpu_started = time.perf_counter(), time.thread_time()
         metadata: dict[str, Any] = {}
         try:
             values = _Values(row.values)
-            metadata = {column: _json_value(values.get(column), column) for column in self.metadata_columns}
-            sample, frames = self._process(row, values)
+            metadata = _json_object({column: values.get(column) for column in self.metadata_columns})
+            sample, caption, frames = self._process(row, values)
         except RowRejected as rejected:
             return RejectedRow(
                 row=row.index,
@@ -109,26 +121,27 @@ class RowDecoder:
             source_file=row.source_file,
             source_row=row.source_row,
             pixels=np.ascontiguousarray(frames.pixels),
-            framerate=frames.fps,
-            image_height=frames.source_height,
-            image_width=frames.source_width,
-            caption=sample.caption,
+            framerate=None if frames.fps is None else float(frames.fps),  # a user's may be numpy's, which json can't
+            image_height=int(frames.source_height),
+            image_width=int(frames.source_width),
+            caption=caption,
             metadata=metadata | _checked_metadata(sample.metadata),
             seconds=time.perf_counter() - started,
             cpu_seconds=time.thread_time() - cpu_started,
         )
 
-    def _process(self, row: Row, values: _Values) -> tuple[MediaSample, Any]:
+    def _process(self, row: Row, values: _Values) -> tuple[MediaSample, str, Frames]:
         function = resolve_process_func(self.process_func)
         media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
-        arguments = {**self.arguments, **({"media": media} if takes_media(function) else {})}
+        ours = {"media": media, "empty_captions": self.empty_captions}
+        arguments = {**self.arguments, **{name: ours[name] for name in handed_over(function)}}
         try:
             sample = function(values, **arguments)
             if not isinstance(sample, MediaSample):
                 raise TypeError(f"{self.process_func} returned {type(sample).__name__}, expected MediaSample")
-            _check_caption(sample.caption)
+            caption = checked_caption(sample.caption, "caption", self.empty_captions)
             _checked_metadata(sample.metadata)
-            return sample, media.conform(sample.frames)
+            return sample, caption, media.conform(sample.frames)
         except RowRejected:
             raise
         # The user's own code may raise anything, or call sys.exit: the row's fault, not the job's.
@@ -148,7 +161,7 @@ class _Values(dict[str, Any]):
     @staticmethod
     def _checked(column: str, value: Any) -> Any:
         if isinstance(value, BadCell):
-            raise RowRejected(Reason.decode_error, f"column {column!r}: {value.message}")
+            raise RowRejected(value.reason, f"column {column!r}: {value.message}")
         return value
 
 
@@ -166,8 +179,9 @@ def resolve_process_func(name: str) -> Callable[..., MediaSample]:
         raise UserError(f"process_func._target_: can't import {name}: {cause}") from error
 
 
-def takes_media(function: Callable[..., Any]) -> bool:
-    return "media" in inspect.signature(function).parameters
+def handed_over(function: Callable[..., Any]) -> list[str]:
+    """Parameters that a process function gets from the run instead of from its own options."""
+    return [name for name in ("media", "empty_captions") if name in inspect.signature(function).parameters]
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,20 +190,24 @@ def _media_loader(config: MediaConfig, folder: str, temporal_compression: int, s
     return MediaLoader(config, folder, temporal_compression, size_multiple)
 
 
-def _check_caption(caption: object) -> None:
-    if not isinstance(caption, str):
-        raise RowRejected(Reason.caption_not_text, f"caption is {type(caption).__name__}, expected text")
-    if not caption.strip():
-        raise RowRejected(Reason.null_caption, "empty caption")
-    if not _is_unicode(caption):
-        raise RowRejected(Reason.caption_not_text, "caption has half of a surrogate pair, which is no Unicode text")
-
-
 def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     taken = RESERVED_FIELDS.intersection(metadata)
     if taken:
         raise RowRejected(Reason.bad_metadata, f"metadata fields {sorted(taken)} are the format's own")
-    return {name: _json_value(value, name) for name, value in metadata.items()}
+    return _json_object(metadata)
+
+
+def _json_object(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as they come back from json: plain, whatever kinds of number and text they were.
+
+    Raises:
+        RowRejected: it can't: bytes, half a surrogate pair, a number of thousands of digits, a list within itself.
+    """
+    converted = {str(name): _json_value(value, name) for name, value in values.items()}
+    try:
+        return json.loads(json.dumps(converted, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowRejected(Reason.bad_metadata, f"json can't hold it: {error}") from error
 
 
 def _json_value(value: Any, name: str) -> Any:
@@ -200,7 +218,7 @@ def _json_value(value: Any, name: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, str) and not _is_unicode(value):
+    if isinstance(value, str) and not is_unicode(value):
         raise RowRejected(Reason.bad_metadata, f"{name} has half of a surrogate pair, which is no Unicode text")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -209,17 +227,8 @@ def _json_value(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(each, name) for each in value]
     if type(value).__name__ == "Decimal":
-        return float(value)
+        return _json_value(float(value), name)
     raise RowRejected(Reason.bad_metadata, f"{name} holds {type(value).__name__}, which json can't")
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a lone surrogate, as json.loads makes of a cut escape: no tokenizer or file takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _describe(error: BaseException) -> str:

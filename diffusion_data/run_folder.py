@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffusion_data.durable_file import durable_file, remove_partial_files
-from diffusion_data.energon_metadata import META_FOLDER
+from diffusion_data.distributed import usable_cpus
+from diffusion_data.durable_file import durable_file, explained, make_folder, remove_partial_files
+from diffusion_data.energon_metadata import remove_energon_metadata
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
-from diffusion_data.ledger import Ledger, ledger_folder
+from diffusion_data.ledger import Ledger, LedgerEntry, ledger_folder
+from diffusion_data.run_lock import lock_folder
 from diffusion_data.shard_plan import Shard
 
 
@@ -24,44 +27,102 @@ class RunFolder:
         self.output_dir = output_dir
         self.run = output_dir / "run"
 
-    def open(self, fingerprint: dict[str, Any], config: dict[str, Any]) -> Ledger:
-        """Start or continue here; returns the run's ledger.
+    def check(self) -> None:
+        """Look whether it can be started or continued here; nothing is written.
 
         Raises:
-            UserError: the folder holds something else, or a run with other settings, or can't be written.
+            UserError: the folder holds something else, or what is no plain file or folder under a name of ours.
         """
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        with explained(self.output_dir):
+            for folder in (self.run, ledger_folder(self.output_dir), lock_folder(self.output_dir)):
+                if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+                    raise UserError(f"output_dir: {folder} is a link or a file where this tool has a folder; remove it")
+            if not self.output_dir.is_dir():
+                return
             if not self.run.is_dir() and any(self.output_dir.iterdir()):
                 raise UserError(
                     f"output_dir: {self.output_dir} is not empty and holds no run of this tool; choose another"
                 )
-            if any(ledger_folder(self.output_dir).glob("*.json")) and not (self.run / "fingerprint.json").exists():
+            fingerprint = self.run / "fingerprint.json"
+            if fingerprint.is_symlink():
+                raise UserError(f"output_dir: {fingerprint} is a link, and this tool makes none; choose another")
+            if any(ledger_folder(self.output_dir).glob("*.json")) and not fingerprint.exists():
                 raise UserError(
                     f"output_dir: {self.run} has a ledger but no fingerprint.json, so what made its shards can't be "
                     "told; choose another output_dir"
                 )
-            ledger_folder(self.output_dir).mkdir(parents=True, exist_ok=True)
+
+    def open(self, fingerprint: dict[str, Any], config: dict[str, Any]) -> Ledger:
+        """Start or continue here; returns the run's ledger.
+
+        Raises:
+            UserError: as `check`, or the folder holds a run with other settings, or can't be written.
+        """
+        self.check()
+        with explained(self.output_dir):
+            make_folder(ledger_folder(self.output_dir))
             check_or_write_fingerprint(self.run / "fingerprint.json", fingerprint)
             for folder in (self.output_dir, self.run, ledger_folder(self.output_dir)):
                 remove_partial_files(folder)
             with durable_file(self.run / "config.yaml") as file:
                 file.write(yaml.safe_dump(config, sort_keys=False).encode())
-        except OSError as error:
-            raise UserError(f"output_dir: can't write to {self.output_dir}: {error}") from error
         return Ledger(self.output_dir, fingerprint_digest(fingerprint))
 
-    def unfinished(self, shards: Sequence[Shard], ledger: Ledger, max_reject_rate: float) -> list[Shard]:
-        """Shards without a valid ledger entry, and those that an outage of the network spoilt.
+    def unfinished(
+        self,
+        shards: Sequence[Shard],
+        ledger: Ledger,
+        *,
+        max_reject_rate: float,
+        retry_rejected: str | None,
+        verify: str,
+    ) -> tuple[list[Shard], list[Shard]]:
+        """Shards that are not there as the ledger tells; and those of which rejected rows are to be tried again:
+        where an outage of the network spoilt many, or, if asked for, any.
 
-        If there are any, the metadata of an earlier end goes.
+        verify: "size" compares each tar's size with the ledger's, "full" its checksum too
+
+        If there are any of the first kind, the metadata of an earlier end goes.
+
+        Raises:
+            UserError: there are shards of something else.
         """
-        todo = []
-        for shard in shards:
-            entry = ledger.read(shard)
-            if entry is None or entry.retryable > max_reject_rate * shard.num_rows:
-                todo.append(shard)
-        metadata = self.output_dir / META_FOLDER
-        if todo and metadata.exists():
-            shutil.rmtree(metadata)
-        return todo
+        refuse_foreign_shards(self.output_dir, shards)
+        with explained(self.output_dir):
+            entries = {shard.number: ledger.read(shard) for shard in shards}
+            damaged = _damaged(ledger, entries.values()) if verify == "full" else set()
+            todo, retry = [], []
+            for shard in shards:
+                entry = entries[shard.number]
+                if entry is None or shard.number in damaged:
+                    todo.append(shard)
+                elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
+                    retry.append(shard)
+            if todo:
+                self.drop_metadata()
+            for number in damaged:
+                ledger.remove(shards[number])
+        return todo, retry
+
+    def drop_metadata(self) -> None:
+        """What is about to change must not look finished."""
+        remove_energon_metadata(self.output_dir)
+
+
+def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:
+    """Raises UserError if the folder has a shard that is none of `shards`: it would be taken for one of them."""
+    planned = {shard.file_name for shard in shards}
+    foreign = sorted(path.name for path in output_dir.glob("shard_*.tar") if path.name not in planned)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"output_dir: {output_dir / foreign[0]}{more} is none of this run's {len(shards)} shards; move it away"
+        )
+
+
+def _damaged(ledger: Ledger, entries: Iterable[LedgerEntry | None]) -> set[int]:
+    """Numbers of the shards that don't have the bytes that were written, read several at a time."""
+    listed = [entry for entry in entries if entry is not None]
+    with ThreadPoolExecutor(usable_cpus()) as readers:
+        hold = readers.map(ledger.has_its_bytes, listed)
+        return {entry.shard for entry, holds in zip(listed, hold, strict=True) if not holds}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from megatron.energon import SavableDataset
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
-from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX
+from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX, ITarFile
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.source_info import SourceInfo
@@ -63,6 +64,11 @@ class LocalTarReader(ShardInfosITarReader):
     def close(self) -> None:
         self._open_shards.clear()
         super().close()
+
+    def _get_itarfile_cached(self, tar_file_id: int) -> ITarFile:
+        tar = super()._get_itarfile_cached(tar_file_id)
+        tar.fileobject = _open_member
+        return tar
 
     def __getitem__(self, index: int) -> Any:
         sample = self._read(index)
@@ -113,11 +119,19 @@ class LocalTarReader(ShardInfosITarReader):
         }
 
 
+def _open_member(tar: ITarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject:
+    """For energon's reader, which would fill the memory with the zeros that a sparse file may stand for."""
+    if member.issparse():
+        raise ValueError(f"{tar.name}: {member.name} is a sparse file, which is refused")
+    return tarfile.ExFileObject(tar, member)
+
+
 class _Shard:
     """A tar and its index, open. Reads name their offset, so that forked workers may share it."""
 
     def __init__(self, tar: Path) -> None:
         self._files = [os.open(path, os.O_RDONLY) for path in (tar, tar.with_suffix(ITAR_SUFFIX))]
+        self._num_bytes = os.fstat(self._files[0]).st_size
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for file in self.__dict__.get("_files", ()):
@@ -130,6 +144,8 @@ class _Shard:
         if len(offsets) != _OFFSETS.size:
             return None
         begin, end = _OFFSETS.unpack(offsets)
+        if end > self._num_bytes:
+            return None
         block = memoryview(
             np.empty(max(0, end - begin), np.uint8).data
         )  # not a bytearray, which would be filled with zeros first

@@ -5,38 +5,60 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from diffusion_data.latent_sample import LatentSample
 from diffusion_data.safe_decoder import decode_part
 
 
 def read_shard(path: Path) -> Iterator[LatentSample]:
-    """Members of one sample stand next to each other, as in every WebDataset.
+    """The samples, decoded.
 
     Raises:
-        ValueError: a sample is incomplete or broken; the message names the shard and the key.
+        ValueError: a sample is incomplete, broken or refused; the message names the shard and the key.
     """
-    current, parts = "", dict[str, Any]()
-    with tarfile.open(path) as tar:
-        for member in tar:
-            file = tar.extractfile(member)
-            if file is None:  # a folder or a link
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, part = name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if key != current and parts:
-                yield _sample(path, current, parts)
-                parts = {}
-            current = key
-            parts[part] = decode_part(part, file.read())
-    if parts:
-        yield _sample(path, current, parts)
+    return (_sample(path, key, parts) for key, parts in read_parts(path))
 
 
-def _sample(path: Path, key: str, parts: dict[str, Any]) -> LatentSample:
+def read_parts(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, bytes of each part), as stored.
+
+    Members of one sample stand next to each other, as in every WebDataset; folders, links and devices are passed by.
+
+    Raises:
+        ValueError: the tar is damaged or holds what is refused; the message names the shard.
+    """
+    current, parts = "", dict[str, bytes]()
     try:
-        return LatentSample.from_parts(key, parts)
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():  # extractfile would follow a link
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, part = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if key != current and parts:
+                    yield current, parts
+                    parts = {}
+                current = key
+                parts[part] = _content(tar, member, path)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: damaged after {current or 'its start'}: {error}") from error
+    if parts:
+        yield current, parts
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    if member.issparse():  # of which a few bytes may stand for any number of zeros
+        raise ValueError(f"{path}: {member.name} is a sparse file, which is refused")
+    file = tar.extractfile(member)
+    assert file is not None, "a regular file has content"
+    if member.offset_data + member.size > path.stat().st_size:
+        raise tarfile.ReadError(f"{member.name} ends beyond the end of the file")
+    return file.read()
+
+
+def _sample(path: Path, key: str, parts: dict[str, bytes]) -> LatentSample:
+    try:
+        return LatentSample.from_parts(key, {part: decode_part(part, raw) for part, raw in parts.items()})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {key}: {str(error).removeprefix(f'{key}: ')}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from diffusion_data.dataset_stats import DatasetStats
-from diffusion_data.durable_file import durable_file
+from diffusion_data.durable_file import durable_file, remove_file
 from diffusion_data.encode_pipeline import EncodedShard
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.row_decoder import RejectedRow
@@ -23,8 +23,11 @@ class ShardWriter:
         self._output_dir = output_dir
         self._ledger = ledger
 
-    def write(self, encoded: EncodedShard) -> LedgerEntry:
-        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar."""
+    def write(self, encoded: EncodedShard, before: LedgerEntry | None = None) -> LedgerEntry:
+        """Write the samples in row order. A shard without a sample gets a ledger entry but no tar.
+
+        before: of the same shard, made earlier; it stays, with its tar, unless only rows are gained
+        """
         shard = encoded.shard
         final = self._output_dir / shard.file_name
         stats = DatasetStats()
@@ -42,10 +45,17 @@ class ShardWriter:
                         tar.write({"__key__": sample.key, **sample.to_parts()})
                         stats.add(sample)
                         written += 1
+                if before is not None and not {row.row for row in rejected} < before.rejected_rows:
+                    raise _NothingGained
                 if not written:
                     raise _NothingToWrite
+                self._ledger.remove(shard)  # an earlier entry could be taken for one of the new tar
+        except _NothingGained:
+            assert before is not None
+            return before
         except _NothingToWrite:
-            final.unlink(missing_ok=True)  # of an earlier try, in which a row could still be fetched
+            self._ledger.remove(shard)
+            remove_file(final)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
             shard=shard.number,
             start=shard.start,
@@ -68,3 +78,7 @@ class ShardWriter:
 
 class _NothingToWrite(Exception):
     """Leaves `durable_file` without a file."""
+
+
+class _NothingGained(Exception):
+    """As _NothingToWrite; what is there stays."""

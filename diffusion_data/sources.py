@@ -121,6 +121,16 @@ class ParquetSource:
                         f"its columns are {', '.join(file.columns)}"
                     )
 
+    def row_group_start(self, row: int) -> int:
+        """The first row of the row group that holds `row`: from there on, nothing is decoded in vain."""
+        number = bisect.bisect_right(self._ends, row)
+        start = self._ends[number] - self.files[number].num_rows
+        for num_rows in self.files[number].row_group_rows:
+            if row < start + num_rows:
+                break
+            start += num_rows
+        return start
+
     def read_rows(self, start: int, stop: int) -> Iterator[Row]:
         """The rows of the global range [start, stop), in order.
 
@@ -166,7 +176,13 @@ class ParquetSource:
             if kept.url == file.url and kept.comes_to(start):
                 return kept
             kept.close()
-        return ParquetReader(file.url, file.row_group_rows, start)
+        reader = ParquetReader(file.url, file.row_group_rows, start)
+        if reader.num_bytes_now != file.num_bytes:
+            reader.close()
+            fewer = reader.num_rows_now < file.num_rows
+            now = f"only {reader.num_rows_now} rows" if fewer else f"{reader.num_bytes_now} bytes"
+            raise UserError(f"source.path: {file.url} has changed: it has {now} now, and had others when the run began")
+        return reader
 
     def _keep(self, reader: ParquetReader) -> None:
         if self._closed or self._kept is not None or reader.next_row == reader.num_rows:
@@ -220,13 +236,16 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
             num_bytes = file.seek(0, 2)
             file.seek(num_bytes - 8 - metadata.serialized_size)
             footer = file.read(metadata.serialized_size)
+            row_group_rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            if min(row_group_rows, default=0) < 0 or sum(row_group_rows) != metadata.num_rows:
+                raise ValueError(f"its footer says {metadata.num_rows} rows, its row groups {sum(row_group_rows)}")
     except Exception as error:  # pyarrow's, or the client library's of a URL's filesystem
         raise UserError(f"source.path: {url} is not a readable parquet file: {one_line(error)}") from error
     return SourceFile(
         url=url,
         name=posixpath.relpath(path, shared),
         num_bytes=num_bytes,
-        row_group_rows=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        row_group_rows=row_group_rows,
         columns=tuple(metadata.schema.to_arrow_schema().names),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
     )

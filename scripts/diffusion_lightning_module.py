@@ -1,96 +1,128 @@
-"""Batch of the datamodules -> rectified flow loss; AdamW with a linear warm-up.
-
-Rectified flow: x_t = (1 - t) x + t noise, with x the scaled latent; the network predicts noise - x.
-"""
+"""Batch of the datamodules -> rectified flow loss; AdamW, a learning-rate schedule, an average of the weights."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-Batch = dict[str, Any]
-
-_LENGTH_MULTIPLE = 32  # few different lengths, which attention kernels like
+from diffusion_data.scripts.ema import Ema, EmaOptions
+from diffusion_data.scripts.rectified_flow import rectified_flow_loss
+from diffusion_data.scripts.sample_layout import Batch, without_padding
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     learning_rate: float
+    schedule: str  # constant or cosine, after the warm-up
     warmup_steps: int  # optimizer steps over which the learning rate rises to its full value
+    decay_steps: int  # optimizer step at which cosine reaches final_learning_rate, and stays there
+    final_learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be constant or cosine, got {self.schedule!r}")
+        if self.warmup_steps < 0 or self.decay_steps < 1:
+            raise ValueError(f"{self.warmup_steps = } and {self.decay_steps = } must be at least 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    sigma_data: float  # what raw latents are multiplied by: datasets store them unscaled
-    text_dropout: float  # share of samples trained without caption, for classifier-free guidance
+    sigma_data: float  # what latents, of a deviation of about 1, are multiplied by
 
 
 class DiffusionLightningModule(LightningModule):
     """Trains `model`, called as scripts/dit.py's DiT is.
 
     Noise and timesteps are a function of (seed, rank, micro batch number), so a resumed run draws what an
-    uninterrupted one would have drawn.
+    uninterrupted one would have drawn. provenance: plain values that checkpoints carry, for who uses the weights.
     """
 
-    def __init__(self, model: nn.Module, loss: LossOptions, optimizer: OptimizerOptions, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossOptions,
+        optimizer: OptimizerOptions,
+        ema: EmaOptions,
+        seed: int,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.ema = None if ema.decay is None else Ema(model, ema.decay)
         self.loss_options = loss
         self.optimizer_options = optimizer
+        self.ema_options = ema
         self.seed = seed
+        self.provenance = provenance
         self.micro_batches_done = 0
         self.step_losses: list[Tensor] = []  # of the micro batches since the last optimizer step
 
+    def configure_model(self) -> None:
+        """Share the weights out over the ranks, where the strategy does that: block by block, then the rest."""
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for model in filter(None, (self.model, self.ema and self.ema.model)):
+            for block in getattr(model, "blocks", ()):
+                fully_shard(block, mesh=mesh)
+            # Also after a forward without a backward, as validation has: else the weights would stay whole there.
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return trim_padding(batch)  # here, where lengths are still on the CPU
+        return without_padding(batch)  # here, where lengths are still on the CPU
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         random = self._generator("train", self.micro_batches_done)
         self.micro_batches_done += 1
-        keep_text = torch.rand(len(batch["video"]), device=self.device, generator=random)
-        text_mask = batch["t5_text_mask"] * (keep_text >= self.loss_options.text_dropout)[:, None]
-        loss = self._loss({**batch, "t5_text_mask": text_mask}, random)
+        loss = self._loss(self.model, batch, random)
         self.step_losses.append(loss.detach())
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, self.global_step)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self._loss(batch, self._generator("val", batch_idx))
-        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch["video"]))
+        model = self.ema.model if self.ema is not None and self.ema_options.validate else self.model
+        loss = self._loss(model, batch, self._generator("val", batch_idx))
+        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=batch["num_samples"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.optimizer_options
         # Biases, norms and single vectors are not decayed.
-        decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
+        decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=options.learning_rate,
             betas=options.betas,
         )
-        warm_up = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / max(1, options.warmup_steps))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_share, options))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["micro_batches_done"] = self.micro_batches_done
+        checkpoint["provenance"] = self.provenance
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.micro_batches_done = checkpoint["micro_batches_done"]
 
-    def _loss(self, batch: Batch, random: torch.Generator) -> Tensor:
-        latents = batch["video"].float()
-        noise = torch.randn(latents.shape, device=latents.device, generator=random)
-        timesteps = torch.randn(len(latents), device=latents.device, generator=random).sigmoid()  # logit-normal
-        return rectified_flow_loss(self.model, batch, noise, timesteps, self.loss_options.sigma_data)
+    def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
+        noise = torch.randn(batch["video"].shape, device=self.device, generator=random)
+        timesteps = torch.randn(len(batch["lengths"]), device=self.device, generator=random).sigmoid()  # logit-normal
+        return rectified_flow_loss(model, batch, noise, timesteps, self.loss_options.sigma_data)
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         name = f"{purpose}/{self.seed}/{self.global_rank}/{number}"
@@ -98,37 +130,12 @@ class DiffusionLightningModule(LightningModule):
         return torch.Generator(self.device).manual_seed(seed)
 
 
-def trim_padding(batch: Batch) -> Batch:
-    """The batch without the positions and tokens that are padding in all of its samples.
-
-    Datasets pad to their longest sample, which may be many times what this batch holds.
-    """
-    trimmed = dict(batch)
-    for length_key, keys in (
-        ("seq_len_q", ("video", "loss_mask", "pos_ids")),
-        ("seq_len_kv", ("t5_text_embeddings", "t5_text_mask")),
-    ):
-        longest = int(batch[length_key].max())
-        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        trimmed.update({key: batch[key][:, :length] for key in keys})
-    return trimmed
-
-
-def rectified_flow_loss(model: nn.Module, batch: Batch, noise: Tensor, timesteps: Tensor, sigma_data: float) -> Tensor:
-    """noise: float32, shaped as batch["video"].  timesteps: float32 (B,) -> mean squared error of real positions."""
-    latents = batch["video"].float() * sigma_data
-    time = timesteps[:, None, None]
-    velocity = model(
-        (1 - time) * latents + time * noise,
-        timesteps,
-        position_ids=batch["pos_ids"],
-        mask=batch["loss_mask"],
-        text=batch["t5_text_embeddings"].float(),
-        text_mask=batch["t5_text_mask"],
-        image_size=batch["image_size"],
-        fps=batch["fps"],
-        num_frames=batch["num_frames"],
-    )
-    error = (velocity.float() - (noise - latents)).square().mean(dim=-1)
-    mask = batch["loss_mask"].float()
-    return (error * mask).sum() / mask.sum()
+def learning_rate_share(options: OptimizerOptions, step: int) -> float:
+    """What optimizer step `step`, from 0, multiplies the learning rate by."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return 1.0
+    final = options.final_learning_rate / options.learning_rate
+    done = min(1.0, (step - options.warmup_steps) / max(1, options.decay_steps - options.warmup_steps))
+    return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2

@@ -1,25 +1,28 @@
-"""A compact diffusion transformer: noisy patches, timestep and caption embedding -> a velocity for every patch.
+"""A compact diffusion transformer: noisy patches, timestep and caption embedding -> a prediction for every patch.
 
-    patches (B, S, P)  +  position ids (B, S, 3)     text (B, L, D), text_mask     timesteps, shape and fps
+    patches (B, S, P)  +  position ids (B, S, 3)          text (B, L, D)           timesteps, shape and fps
             │ linear + sin-cos of (t, h, w)                  │ linear, null token           │ MLP
             ▼                                                ▼                              ▼
         hidden (B, S, hidden_size) ──▶ depth × [ self-attention, cross-attention to text, MLP ] ◀─ adaLN-zero
             │ adaLN, zero-initialised linear
             ▼
-        velocity (B, S, P)
+        prediction (B, S, P), see rectified_flow.py
 
-Positions whose mask is 0 are never attended to, so padding changes nothing at the real ones.
+Each sample has a noise level, shape and text of its own, whether it has a row to itself or shares one with others
+(see sample_layout.py). Positions see only those of their own sample, and padding changes nothing at the real ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_data.errors import UserError
+from diffusion_data.scripts.sample_layout import SampleARow, SamplesInOneRow
 
 _FREQUENCIES = 256  # sin-cos features of a scalar before its MLP
 
@@ -49,8 +52,9 @@ class DiT(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.LayerNorm(text_embedding_dim), nn.Linear(text_embedding_dim, hidden_size)
         )
-        # Always attended to: a caption without tokens (or dropped in training) still has something to look at.
+        # Always attended to, so that a caption without tokens has something to look at.
         self.null_text = nn.Parameter(torch.randn(hidden_size) * 0.02)
+        self.text_pooling = nn.Linear(hidden_size, hidden_size)
         self.timestep_embedding = ScalarEmbedding(1, hidden_size)
         self.size_embedding = ScalarEmbedding(4, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -64,33 +68,30 @@ class DiT(nn.Module):
         patches: Tensor,
         timesteps: Tensor,
         *,
+        layout: SampleARow | SamplesInOneRow,
         position_ids: Tensor,
-        mask: Tensor,
         text: Tensor,
-        text_mask: Tensor,
         image_size: Tensor,
         fps: Tensor,
         num_frames: Tensor,
     ) -> Tensor:
-        """patches (B, S, P), timesteps (B,) from 0 (data) to 1 (noise) -> velocity (B, S, P).
+        """patches (B, S, P), timesteps (N,) from 0 (data) to 1 (noise) of the N samples -> prediction (B, S, P).
 
-        position_ids: int64 (B, S, 3) of (t, h, w).  mask (B, S) and text_mask (B, L): 1 for what is real.
-        text: (B, L, D).  image_size: (B, 4) of [h, w, h, w] pixels.  fps, num_frames: (B,).
+        layout: how the N samples lie in the B rows.  position_ids: int64 (B, S, 3) of (t, h, w).
+        text: (B, L, D).  image_size: (N, 4) of [h, w, h, w] pixels.  fps, num_frames: (N,).
         """
         self._check_widths(patches, text)
         hidden = self.patch_embedding(patches) + self._position_embedding(position_ids).to(patches.dtype)
         size = torch.stack([image_size[:, 0], image_size[:, 1], fps, num_frames], dim=1).float()
         condition = self.timestep_embedding(1000 * timesteps[:, None]) + self.size_embedding(size.log1p() * 100)
-        condition = F.silu(condition)
+        embedded_text = self.text_embedding(text)
+        embedded_text = layout.put_first(self.null_text.to(embedded_text.dtype), embedded_text)
+        condition = F.silu(condition + self.text_pooling(layout.pool(embedded_text)))
 
-        null_text = self.null_text.to(patches.dtype).expand(len(text), 1, -1)
-        text = torch.cat([null_text, self.text_embedding(text)], dim=1)
-        attend = mask.bool()[:, None, None, :]  # (B, heads, queries, keys)
-        attend_text = F.pad(text_mask.bool(), (1, 0), value=True)[:, None, None, :]
         for block in self.blocks:
-            hidden = block(hidden, condition, attend, text, attend_text)
+            hidden = block(hidden, condition, embedded_text, layout)
 
-        shift, scale = self.final_modulation(condition)[:, None].chunk(2, dim=-1)
+        shift, scale = layout.spread(self.final_modulation(condition)).chunk(2, dim=-1)
         return self.output(modulate(self.final_norm(hidden), shift, scale))
 
     def _position_embedding(self, position_ids: Tensor) -> Tensor:
@@ -140,13 +141,13 @@ class Block(nn.Module):
         )
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, hidden: Tensor, condition: Tensor, attend: Tensor, text: Tensor, attend_text: Tensor) -> Tensor:
-        """condition: (B, hidden_size).  attend, attend_text: bool, broadcast to (B, heads, queries, keys)."""
-        modulation = self.modulation(condition)[:, None].chunk(6, dim=-1)
+    def forward(self, hidden: Tensor, condition: Tensor, text: Tensor, layout: SampleARow | SamplesInOneRow) -> Tensor:
+        """condition: (N, hidden_size).  text: (B, L, hidden_size), the null token before each sample's."""
+        modulation = layout.spread(self.modulation(condition)).chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
         normed = modulate(self.norm_attention(hidden), shift_attention, scale_attention)
-        hidden = hidden + gate_attention * self.attention(normed, normed, attend)
-        hidden = hidden + self.cross_attention(self.norm_cross_attention(hidden), text, attend_text)
+        hidden = hidden + gate_attention * self.attention(normed, normed, layout.attend)
+        hidden = hidden + self.cross_attention(self.norm_cross_attention(hidden), text, layout.attend_to_text)
         normed = modulate(self.norm_mlp(hidden), shift_mlp, scale_mlp)
         return hidden + gate_mlp * self.mlp(normed)
 
@@ -163,12 +164,13 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
         self.output = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, queries: Tensor, context: Tensor, attend: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, context: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """attend: mixes values by queries and keys, (B, heads, S or L, features) each."""
         query = self._split_heads(self.query(queries))
         key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
         query = self.norm_query(query.float()).to(value.dtype)
         key = self.norm_key(key.float()).to(value.dtype)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
+        mixed = attend(query, key, value)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, features: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from pathlib import Path
 import mediapy
 import numpy as np
 import torch
-import yaml
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.dataset_folder import check_dataset
+from diffusion_data.decoded_sample import decode_sample, tokenizer_of
 from diffusion_data.errors import UserError
 from diffusion_data.shard_reader import read_shard
 
@@ -31,11 +31,16 @@ def decode_rows(dataset: Path, tokenizer: CosmosTokenizer, num_samples: int) -> 
     samples = chain.from_iterable(read_shard(path) for path in sorted(dataset.glob("*.tar")))
     strips = []
     for sample in islice(samples, num_samples):
-        frames = tokenizer.decode(sample.latent[None])[0].cpu().numpy()
-        chosen = sorted({0, len(frames) // 2, len(frames) - 1})
-        strips.append(np.concatenate([pad(frames[number], GAP) for number in chosen], axis=1))
-        print(f"{sample.key} {tuple(sample.latent.shape)}: {sample.metadata.get('caption', 'no caption')}")
+        strips.append(strip(decode_sample(sample, tokenizer)))
+        caption = printable(str(sample.metadata.get("caption", "no caption")))
+        print(f"{printable(sample.key)} {tuple(sample.latent.shape)}: {caption}")
     return strips
+
+
+def strip(frames: np.ndarray) -> np.ndarray:
+    """uint8 (T, H, W, 3) -> the picture, or a clip's first, middle and last, side by side."""
+    chosen = sorted({0, len(frames) // 2, len(frames) - 1})
+    return np.concatenate([pad(frames[number], GAP) for number in chosen], axis=1)
 
 
 def pad(picture: np.ndarray, right: int, bottom: int = GAP) -> np.ndarray:
@@ -59,12 +64,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def tokenizer_of(dataset: Path) -> str:
-    """The tokenizer that made the dataset, from its run/config.yaml."""
-    config = dataset / "run" / "config.yaml"
-    if not config.exists():
-        raise UserError(f"{dataset} doesn't tell what made it (no run/config.yaml): give --tokenizer")
-    return str(yaml.safe_load(config.read_text())["tokenizer"]["name"])
+def printable(text: str) -> str:
+    """Captions are data: none of their characters may steer a terminal."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -26,6 +26,9 @@ from diffusion_data.scripts.diffusion_lightning_module import (
     LossOptions,
     OptimizerOptions,
 )
+from diffusion_data.scripts.ema import EmaOptions
+from diffusion_data.scripts.provenance import provenance_of
+from diffusion_data.scripts.throughput import Throughput
 from diffusion_data.scripts.train_callbacks import (
     LAST_CHECKPOINT,
     METRICS_FILE,
@@ -38,6 +41,7 @@ from diffusion_data.scripts.train_callbacks import (
 class TrainerOptions:
     max_steps: int
     accelerator: str
+    strategy: str
     precision: str
     gradient_clip_norm: float | None
     log_every_n_steps: int
@@ -52,6 +56,8 @@ class TrainerOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.accelerator not in ("auto", "cpu", "cuda"):
             raise ValueError(f"accelerator must be auto, cpu or cuda, got {self.accelerator!r}")
+        if self.strategy not in ("auto", "ddp", "fsdp"):
+            raise ValueError(f"strategy must be auto, ddp or fsdp, got {self.strategy!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,7 @@ class TrainOptions:
     trainer: TrainerOptions
     optimizer: OptimizerOptions
     loss: LossOptions
+    ema: EmaOptions
     seed: int
     output_dir: str
     ckpt_path: str | None
@@ -79,15 +86,17 @@ def train(config: DictConfig) -> None:
     seed_everything(options.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
     datamodule = build_target(options.data, "data")
+    datamodule.setup("fit")  # what is wrong with the data is told before anything else is done
     model = build_target(options.model, "model")
-    module = DiffusionLightningModule(model, options.loss, options.optimizer, options.seed)
-    metrics = Metrics(output_dir, OmegaConf.to_yaml(config), options.trainer.log_every_n_steps)
+    provenance = provenance_of(options.model, datamodule, options.loss.sigma_data)
+    module = DiffusionLightningModule(model, options.loss, options.optimizer, options.ema, options.seed, provenance)
+    throughput = Throughput()
+    metrics = Metrics(output_dir, OmegaConf.to_yaml(config), options.trainer.log_every_n_steps, throughput)
     checkpoints = Checkpoints(
         output_dir, metrics, options.trainer.checkpoint_every_n_steps, options.trainer.keep_checkpoints
     )
-    trainer = _make_trainer(options.trainer, datamodule.gradient_accumulation_steps, [metrics, checkpoints])
+    trainer = _make_trainer(options.trainer, datamodule.gradient_accumulation_steps, [metrics, checkpoints], throughput)
 
-    datamodule.setup("fit")  # what is wrong with the data is told before anything is announced
     if trainer.is_global_zero:
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f", from {ckpt_path}" if ckpt_path else ""
@@ -101,7 +110,7 @@ def train(config: DictConfig) -> None:
         print(_summary(metrics, trainer.global_step, time.monotonic() - started, output_dir))
 
 
-def _make_trainer(options: TrainerOptions, accumulated_batches: int, callbacks: list[Any]) -> Any:
+def _make_trainer(options: TrainerOptions, accumulated_batches: int, callbacks: list[Any], profiler: Throughput) -> Any:
     """One process without torchrun; under torchrun, one for each that it started."""
     import torch
     from lightning.pytorch import Trainer
@@ -118,12 +127,13 @@ def _make_trainer(options: TrainerOptions, accumulated_batches: int, callbacks: 
         accelerator="cuda" if cuda else "cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1,
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]) if under_torchrun else 1,
-        strategy="ddp" if under_torchrun else "auto",
+        strategy=_strategy(options.strategy, under_torchrun),
         plugins=[TorchElasticEnvironment() if under_torchrun else LightningEnvironment()],
         precision=precision,  # type: ignore[arg-type]
         gradient_clip_val=options.gradient_clip_norm,
         accumulate_grad_batches=accumulated_batches,
         callbacks=callbacks,
+        profiler=profiler,
         val_check_interval=(options.val_every_n_steps or 1) * accumulated_batches,  # counts micro batches
         check_val_every_n_epoch=None,
         limit_val_batches=options.val_batches if options.val_every_n_steps else 0,
@@ -134,6 +144,21 @@ def _make_trainer(options: TrainerOptions, accumulated_batches: int, callbacks: 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _strategy(name: str, under_torchrun: bool) -> Any:
+    """fsdp: weights, gradients and optimizer state are shared out over all ranks; checkpoints are as ddp's are."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    if not under_torchrun:
+        if name != "auto":
+            raise UserError(f"trainer.strategy={name} is for several processes: start with torchrun --nproc_per_node=N")
+        return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return "ddp"
 
 
 def _checkpoint_to_continue(ckpt_path: str | None, output_dir: Path) -> Path | None:
@@ -170,8 +195,10 @@ def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> s
 
 def _quieten_lightning() -> None:
     """Without what a user of this script can't act on: device inventories, tips, advice to its programmers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes to it
 
 
 def main() -> None:

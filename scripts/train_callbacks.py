@@ -1,6 +1,6 @@
 """What a run leaves behind and shows: metrics.csv and TensorBoard events, progress, checkpoints.
 
-<output_dir>/metrics.csv            step,train_loss,learning_rate,seconds: one row an optimizer step
+<output_dir>/metrics.csv            one row an optimizer step: COLUMNS
 <output_dir>/validation.csv         step,val_loss: one row a validation
 <output_dir>/tensorboard/           the same
 <output_dir>/config.yaml            every option, resolved
@@ -24,8 +24,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from diffusion_data.errors import UserError
+from diffusion_data.scripts import throughput
+from diffusion_data.scripts.throughput import Throughput
 
-COLUMNS = ("step", "train_loss", "learning_rate", "seconds")
+COLUMNS = ("step", "train_loss", "learning_rate", "seconds", *throughput.COLUMNS)
 VALIDATION_COLUMNS = ("step", "val_loss")
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 METRICS_FILE = "metrics.csv"
@@ -37,12 +39,21 @@ _SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
 class Metrics(Callback):
     """Writes a row for every optimizer step, and shows progress. Runs on all ranks; rank 0 writes.
 
-    Losses stay on the device until `every_n_steps` of them are fetched, and averaged over ranks, at once.
+    Losses stay on the device until `every_n_steps` of them are fetched, and averaged over ranks, at once. The rates
+    of such steps are the same, those of all of them together: in between nobody knows how far the device has come.
     resolved_config: kept as config.yaml.
     """
 
-    def __init__(self, output_dir: Path, resolved_config: str, every_n_steps: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        resolved_config: str,
+        every_n_steps: int,
+        throughput: Throughput,
+        stream: TextIO = sys.stderr,
+    ) -> None:
         self._output_dir = output_dir
+        self._throughput = throughput
         self._resolved_config = resolved_config
         self._every_n_steps = every_n_steps
         self._stream = stream
@@ -76,9 +87,13 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # gradients are still accumulating
-        self._last_step = trainer.global_step
+        self._throughput.count(batch)
+        if trainer.global_step != self._last_step:  # else gradients are still accumulating
+            self._last_step = trainer.global_step
+            self._step_done(trainer, pl_module)
+        self._throughput.pause()
+
+    def _step_done(self, trainer: Trainer, pl_module: LightningModule) -> None:
         losses: list[torch.Tensor] = pl_module.step_losses  # type: ignore[assignment]
         self._losses_on_device.append(torch.stack(losses).mean())
         losses.clear()
@@ -121,9 +136,13 @@ class Metrics(Callback):
         """Fetch the losses that are still on the device and write their rows. Every rank calls it."""
         if not self._rows:
             return
-        means = trainer.strategy.reduce(torch.stack(self._losses_on_device), reduce_op="mean")
-        for row, loss in zip(self._rows, means.tolist(), strict=True):
-            row["train_loss"] = loss
+        means = trainer.strategy.reduce(torch.stack(self._losses_on_device), reduce_op="mean").tolist()
+        self._throughput.pause()  # now that the device has done all that was asked of it
+        totals = self._throughput.totals.as_tensor(trainer.strategy.root_device)
+        rates = throughput.rates(trainer.strategy.reduce(totals, reduce_op="sum"), trainer.world_size)
+        self._throughput.reset()
+        for row, loss in zip(self._rows, means, strict=True):
+            row.update(train_loss=loss, **rates)
             self.train_losses.append(loss)
         if trainer.is_global_zero:
             self._write_rows()
@@ -136,9 +155,9 @@ class Metrics(Callback):
         with (self._output_dir / METRICS_FILE).open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerows(self._rows)
         for row in self._rows:
-            for name in COLUMNS[1:-1]:
+            for name in set(COLUMNS) - {"step", "seconds"}:
                 self._tensorboard.add_scalar(name, row[name], row["step"])
-        self._progress.show(self._rows[-1]["step"], self._rows[-1]["train_loss"])
+        self._progress.show(self._rows[-1])
 
 
 class Checkpoints(Callback):
@@ -204,7 +223,8 @@ class _Progress:
         self._started = self._told = time.monotonic()
         self._bar = tqdm(total=max_steps, initial=first_step, unit="step", file=stream) if stream.isatty() else None
 
-    def show(self, step: int, train_loss: float) -> None:
+    def show(self, row: dict[str, Any]) -> None:
+        step, train_loss = row["step"], row["train_loss"]
         if self._bar is not None:
             self._bar.set_postfix(train_loss=f"{train_loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -216,7 +236,8 @@ class _Progress:
         steps_per_second = (step - self._first_step) / (now - self._started)
         left = timedelta(seconds=round((self._max_steps - step) / steps_per_second))
         print(
-            f"step {step}/{self._max_steps}  train_loss {train_loss:.4f}  {steps_per_second:.2f} steps/s  {left} left",
+            f"step {step}/{self._max_steps}  train_loss {train_loss:.4f}  {steps_per_second:.2f} steps/s  "
+            f"{row['samples_per_second']:.1f} samples/s  {left} left",
             file=self._stream,
             flush=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def refuse_above(limit: int, encoder: object, method: str, monkeypatch: pytest.M
     return asked
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """As the job sets it: the number of torch's threads does change bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
 def test_threads_change_no_bit(tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder) -> None:
     results = []
     for num_threads in (0, 1, 3):

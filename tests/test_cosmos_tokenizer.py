@@ -63,7 +63,10 @@ def test_same_latents_and_frames_as_the_original_network(saved: dict, variant: s
     decode_error = (tokenizer.network.decode(latents).sample - expected_pixels).abs().max()
     assert decode_error <= 1e-5 * expected_pixels.abs().max()
 
-    assert torch.equal(tokenizer.encode(frames), latents.to(torch.bfloat16))
+    encoded = tokenizer.encode(frames)
+    assert encoded.dtype == torch.bfloat16
+    # Rounded from a value within 1e-5; which way a value near the middle goes depends on the processor.
+    torch.testing.assert_close(encoded.float(), latents, rtol=2**-8, atol=1e-5)
     expected_frames = ((expected_pixels.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 4, 1)
     decoded = tokenizer.decode(expected_latents)
     assert (decoded.dtype, decoded.shape) == (torch.uint8, frames.shape)

@@ -106,3 +106,56 @@ def test_other_fields_in_the_split_and_info_files_are_refused(dataset):
     with (dataset / ".nv-meta" / "split.yaml").open("a") as file:
         file.write("__class__: x\n")
     refused(dataset, "__class__")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("shard_{000000..000001}.tar", 2),
+        ("shard_{000000..000002..2}.tar", 2),
+        ("shard_00000{0,2}.tar", 2),
+        ("shard_000002.tar", 1),
+    ],
+)
+def test_shards_may_be_named_by_a_pattern(dataset, pattern, named):
+    (dataset / ".nv-meta" / "split.yaml").write_text(f"split_parts:\n  train: ['{pattern}']\nexclude: []\n")
+    assert check_dataset(dataset).samples == {"train": 2 * named}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{0..99999999}", "{0..99}" * 5, "{a..z}", "{{0,1}{0,1},x}", "{0,1", "x" + "{0,1}" * 40, "{1.." + "9" * 5000 + "}"],
+)
+@pytest.mark.parametrize("field", ["train", "exclude"])
+def test_a_pattern_of_more_names_than_shards_is_refused_before_it_is_spelt_out(dataset, pattern, field):
+    fields = {"split_parts": {"train": ["shard_000000.tar"]}, "exclude": []}
+    (fields if field == "exclude" else fields["split_parts"])[field] = [pattern]
+    (dataset / ".nv-meta" / "split.yaml").write_text(json.dumps(fields))
+    refused(dataset, "more than the 3 shards there are")
+
+
+@pytest.mark.parametrize("count", [-5, True, 2.0, "2", None])
+def test_a_count_that_is_no_count_is_refused(dataset, count):
+    info = dataset / ".nv-meta" / ".info.json"
+    whole = json.loads(info.read_text())
+    whole["shard_counts"]["shard_000000.tar"] = count
+    info.write_text(json.dumps(whole))
+    refused(dataset, "'shard_000000.tar' has no sample count")
+
+
+def test_files_that_grow_when_they_are_read_are_refused(dataset):
+    """Aliases of aliases: nine lines of them stand for billions of values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    laughs = "\n".join(f"  {line}" for line in lines)
+    for file, field in [("dataset.yaml", "subflavors"), ("split.yaml", "split_parts")]:
+        whole = (dataset / ".nv-meta" / file).read_text()
+        (dataset / ".nv-meta" / file).write_text(f"{whole}\n{field}:\n{laughs}\n")
+        refused(dataset, file)
+        (dataset / ".nv-meta" / file).write_text(whole)
+
+
+@pytest.mark.parametrize("file", ["dataset.yaml", ".info.json", "split.yaml"])
+def test_files_nested_without_end_are_refused(dataset, file):
+    (dataset / ".nv-meta" / file).write_text("[" * 100_000)
+    refused(dataset, file, "can't be read")

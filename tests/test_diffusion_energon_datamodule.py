@@ -331,8 +331,18 @@ def test_broken_and_hostile_samples_are_left_out(tmp_path, caplog, capfd):
     assert rows(data.train_dataloader()) == [[1]] * 4
     assert not marker.exists()
     assert all(sample_key(row) in caplog.text for row in (0, 2, 3))
+    assert "skipped samples/sample_000000000 of shard_000000.tar: unreadable: part 'pickle'" in caplog.text
     assert set(data.task_encoder.skips.by_reason()) == {"unreadable"}
     assert capfd.readouterr().out == ""
+
+
+def test_keys_that_lead_out_of_a_folder_are_left_out(tmp_path, caplog, capfd):
+    keys = ["/etc/passwd", "../../outside", "samples/inside"]
+    parts = {key: sample.to_parts() for key, sample in zip(keys, TEN[:3], strict=True)}
+    data = module(write_raw_dataset(tmp_path / "ds", parts), seq_length=8)
+    assert {key for batch in data.train_dataloader() for key in batch["__key__"]} == {"samples/inside"}
+    assert "skipped /etc/passwd of shard_000000.tar: unreadable: /etc/passwd: a key can't lead out" in caplog.text
+    assert "../../outside" in caplog.text
 
 
 def test_a_hostile_dataset_yaml_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch.distributed import TCPStore
 
 from diffusion_data import distributed
+from diffusion_data.busy_shares import BusyShares, busy_shares
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress, format_seconds
@@ -151,6 +152,56 @@ def test_a_log_file_gets_lines_with_rows_rate_time_left_and_rejects() -> None:
     (line,) = log.getvalue().splitlines()  # the other rank is silent
     assert line.startswith("100/100 rows, ")
     assert "samples/s, 0:00:00 left, 7 rejected" in line
+
+
+def test_busy_shares_are_those_of_the_time_that_each_rank_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = ranks(2)
+    now = [100.0]
+    monkeypatch.setattr("diffusion_data.busy_shares.time.monotonic", lambda: now[0])
+    lanes = {"decoding": 4, "encoders": 1, "writing": 1}
+    on_first, on_second = BusyShares(first, lanes), BusyShares(second, lanes)
+    assert busy_shares(first) == {}
+    now[0] = 110.0
+    on_first.add({"decode": 20.0, "tokenizer": 8.0, "text_encoder": 1.0, "write": 1.0, "wait_for_rows": 9.0})
+    assert busy_shares(second) == {"decoding": 0.5, "encoders": 0.9, "writing": 0.1}
+    now[0] = 130.0  # a slow shard counts with its time
+    on_second.add({"decode": 10.0, "tokenizer": 6.0})
+    assert busy_shares(first) == {"decoding": 0.1875, "encoders": 0.375, "writing": 0.025}
+    monkeypatch.undo()
+    log = io.StringIO()
+    with Progress(first, total_rows=100, done_before=40, stream=log):
+        first.count(ROWS_DONE, 60)
+    assert "0 rejected; busy: decoding 19%, encoders 38%, writing 2%" in log.getvalue()
+
+
+def test_a_terminal_gets_one_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    first, second = ranks(2)
+    shown, silent = Terminal(), Terminal()
+    busy = BusyShares(second, {"decoding": 1, "encoders": 1, "writing": 1})
+    time.sleep(0.01)
+    with Progress(first, total_rows=100, done_before=40, stream=shown), Progress(second, 100, 40, silent):
+        second.count(ROWS_DONE, 60)
+        second.count(ROWS_REJECTED, 7)
+        busy.add({"tokenizer": 1e9})
+    assert "100/100" in shown.getvalue()
+    assert "7 rejected; busy: decoding 0%, encoders 100%, writing 0%" in shown.getvalue()
+    assert silent.getvalue() == ""
+
+
+def test_rows_that_are_decoded_but_not_written_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = ranks(1)
+    monkeypatch.setattr("diffusion_data.progress._SECONDS_BETWEEN_LINES", 0.02)
+    log = io.StringIO()
+    one.count(ROWS_DONE, 5)
+    with Progress(one, total_rows=5, done_before=0, stream=log):
+        while not log.getvalue():
+            time.sleep(0.01)
+    assert "samples/s, encoding the last, 0 rejected" in log.getvalue().splitlines()[0]
+    assert "samples/s, 0:00:00 left, 0 rejected" in log.getvalue().splitlines()[-1]
 
 
 def test_times_are_told_in_hours_minutes_and_seconds() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,9 +20,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from diffusion_data import http_fetch
+from diffusion_data import guarded_pool, http_fetch
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.fetch import Fetcher
+from diffusion_data.host_slots import HostSlots
 from diffusion_data.media import MediaConfig
 
 
@@ -105,6 +110,18 @@ def test_only_regular_files_are_read_and_nothing_blocks(root: Path) -> None:
         for reference in ("fifo", "socket", "images", ".", "nul\0byte"):
             assert reason(reference, root) == Reason.forbidden_path
         assert reason("/dev/zero", root, allowed_roots=["/dev"]) == Reason.forbidden_path
+
+
+def test_files_of_the_kernel_are_forbidden_wherever_one_may_read(root: Path) -> None:
+    (root / "environment").symlink_to("/proc/self/environ")
+    for reference in (
+        "environment",
+        "/proc/self/environ",
+        "/proc/1/../self/mem",
+        "/proc/thread-self/root/proc/kmsg",
+        "/sys/kernel",
+    ):
+        assert reason(reference, root, allowed_roots=["/"]) == Reason.forbidden_path
 
 
 @pytest.mark.parametrize(
@@ -214,6 +231,45 @@ class Handler(BaseHTTPRequestHandler):
                 return
             time.sleep(0.05)
 
+    def answer_dripheader(self, argument: str) -> None:
+        """A header line that never ends, a byte at a time."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        for _ in range(200):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+    def answer_dripchunk(self, argument: str) -> None:
+        """The size of a chunk that never ends."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(200):
+            try:
+                self.wfile.write(b"0")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+    def answer_packed(self, argument: str) -> None:
+        """A hundred megabytes of zeros in a hundred kilobytes; packed again as often as the argument says."""
+        body = gzip.compress(bytes(100_000_000), 9)
+        for _ in range(int(argument) - 1):
+            body = gzip.compress(body, 9)
+        self.answer(200, body, Content_Encoding=", ".join(["gzip"] * int(argument)))
+
+    def answer_busy(self, argument: str) -> None:
+        """Says how many of these are answered at a time."""
+        with self.server.lock:  # type: ignore[attr-defined]
+            self.server.busy += 1  # type: ignore[attr-defined]
+            busy = self.server.busy  # type: ignore[attr-defined]
+        time.sleep(0.05)
+        with self.server.lock:  # type: ignore[attr-defined]
+            self.server.busy -= 1  # type: ignore[attr-defined]
+        self.answer(200, str(busy).encode())
+
     def answer_wait(self, argument: str) -> None:
         self.answer(503, Retry_After=argument)
 
@@ -240,6 +296,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         web.daemon_threads = True
         web.requests = []  # type: ignore[attr-defined]
         web.targets = {}  # type: ignore[attr-defined]
+        web.lock, web.busy = threading.Lock(), 0  # type: ignore[attr-defined]
         web.url = f"http://127.0.0.1:{web.server_port}"  # type: ignore[attr-defined]
         thread = threading.Thread(target=web.serve_forever, args=(0.01,))
         thread.start()
@@ -273,11 +330,16 @@ def test_relative_paths_below_an_http_root(server: Any) -> None:
     [
         (404, Reason.not_found, 1),
         (410, Reason.not_found, 1),
+        (400, Reason.fetch_error, 1),
         (401, Reason.fetch_error, 1),
         (403, Reason.fetch_error, 1),
+        (408, Reason.fetch_error, 1),
+        (418, Reason.fetch_error, 1),
         (429, Reason.fetch_error, 3),
         (500, Reason.fetch_error, 3),
+        (501, Reason.fetch_error, 3),
         (503, Reason.fetch_error, 3),
+        (520, Reason.fetch_error, 3),
     ],
 )
 def test_statuses_are_told_apart(server: Any, status: int, expected: Reason, requests: int) -> None:
@@ -306,8 +368,9 @@ def test_nobody_listening_is_a_fetch_error(monkeypatch: pytest.MonkeyPatch) -> N
         assert reason(f"http://127.0.0.1:{unused.getsockname()[1]}/", **LOCAL) == Reason.fetch_error
 
 
-@pytest.mark.parametrize("path", ["slow", "drip"])
+@pytest.mark.parametrize("path", ["slow", "drip", "dripheader", "dripchunk", "redirect_slow"])
 def test_slow_servers_time_out_in_time(server: Any, path: str) -> None:
+    server.targets["slow"] = "/dripheader"
     started = time.monotonic()
     options = {**LOCAL, "fetch_timeout_seconds": 0.4}
     assert reason(f"{server.url}/{path}", **options) == Reason.timeout
@@ -327,6 +390,91 @@ def test_large_bodies_are_cut_off(server: Any, path: str) -> None:
     assert len(fetch(f"{server.url}/{path}", **LOCAL, max_fetch_bytes=1000)) == 1000
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_compressed_bodies_are_cut_off_at_their_size_unpacked(server: Any, times: int) -> None:
+    tracemalloc.start()
+    try:
+        assert reason(f"{server.url}/packed_{times}", **LOCAL, max_fetch_bytes=1_000_000) == Reason.too_large
+        assert tracemalloc.get_traced_memory()[1] < 110_000_000 + 10_000_000  # the server's own 100 MB, and little else
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_more_redirects_are_followed_than_allowed(server: Any) -> None:
+    server.targets.update(a="/redirect_b", b="/redirect_c", c="/ok")
+    assert fetch(f"{server.url}/redirect_a", **LOCAL, max_redirects=3) == b"body"
+    with pytest.raises(RowRejected, match=r"more than media\.max_redirects=2 redirects"):
+        fetch(f"{server.url}/redirect_a", **LOCAL, max_redirects=2)
+    assert reason(f"{server.url}/redirect_c", **LOCAL, max_redirects=0) == Reason.fetch_error
+
+
+def _fetch_busy(url: str, times: int, queue: Any) -> None:
+    fetcher = Fetcher(MediaConfig(**LOCAL, max_connections_per_host=2), "/nowhere")
+    queue.put(max(int(fetcher.open(url).read()) for _ in range(times)))
+
+
+def test_a_host_is_asked_by_few_processes_at_a_time(server: Any) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_fetch_busy, args=(f"{server.url}/busy", 4, queue)) for _ in range(5)]
+    for process in processes:
+        process.start()
+    assert max(queue.get(timeout=60) for _ in processes) == 2
+    for process in processes:
+        process.join()
+
+
+def test_waiting_for_a_connection_ends_with_the_time(server: Any) -> None:
+    options = {**LOCAL, "max_connections_per_host": 1}
+    with HostSlots(1).hold("127.0.0.1", time.monotonic() + 1):
+        with pytest.raises(
+            RowRejected, match=r"media\.max_connections_per_host=1 connections to 127\.0\.0\.1"
+        ) as rejected:
+            fetch(f"{server.url}/ok", **{**options, "fetch_timeout_seconds": 0.3})
+        assert rejected.value.reason is Reason.timeout
+    assert fetch(f"{server.url}/ok", **options) == b"body"
+
+
+def test_slots_are_not_kept_where_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = tmp_path / f"diffusion_data-{os.getuid()}-0"
+    first.symlink_to(tmp_path)
+    (tmp_path / f"diffusion_data-{os.getuid()}-1").mkdir()
+    (tmp_path / f"diffusion_data-{os.getuid()}-1").chmod(0o777)
+    with HostSlots(1).hold("a", time.monotonic()):
+        assert list((tmp_path / f"diffusion_data-{os.getuid()}-2").iterdir())
+    assert (tmp_path / f"diffusion_data-{os.getuid()}-2").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_name_that_changes_its_mind_between_check_and_connection_gains_nothing(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DNS rebinding: public when it is asked for first, the server's own address afterwards."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def rebinding(host: str, *args: Any, **options: Any) -> Any:
+        if host != "rebind.example":
+            return real(host, *args, **options)
+        asked.append(host)
+        address = "192.0.2.1" if len(asked) == 1 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+
+    connected: list[Any] = []
+
+    def connect(address: tuple[str, int], *args: Any, **options: Any) -> socket.socket:
+        connected.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    monkeypatch.setattr(guarded_pool, "create_connection", connect)
+    monkeypatch.setattr(guarded_pool, "_is_public", lambda address: address != "127.0.0.1")
+    url = f"http://rebind.example:{server.server_port}/ok"
+    assert reason(url, fetch_retries=1) == Reason.forbidden_url  # at the retry, which asks again
+    assert connected == [("192.0.2.1", server.server_port)]
+    assert server.requests == []
+
+
 def test_redirects_are_followed_and_checked_again(server: Any) -> None:
     server.targets.update(
         near="/ok",
@@ -343,10 +491,20 @@ def test_redirects_are_followed_and_checked_again(server: Any) -> None:
 @pytest.mark.parametrize(
     "host",
     ["127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0",
-     "2130706433", "0x7f.1", "100.64.0.1", "[fe80::1]", "224.0.0.1"],
+     "2130706433", "0x7f.1", "0177.0.0.1", "127.1", "100.64.0.1", "[fe80::1]", "224.0.0.1", "255.255.255.255",
+     "198.18.0.1", "[::]", "[fec0::1]", "[fc00::1]", "[ff02::1]", "[::127.0.0.1]", "[2002:7f00:1::]",
+     "[64:ff9b::127.0.0.1]", "[64:ff9b::169.254.169.254]", "[64:ff9b:1::1]", "[2001::1]", "[2001:db8::1]", "[4000::1]",
+     "me@127.0.0.1", "1.1.1.1@127.0.0.1", "127.0.0.1:80", "%31%32%37.0.0.1"],
 )  # fmt: skip
 def test_hosts_that_are_not_public_are_forbidden(host: str) -> None:
     assert reason(f"http://{host}/a.png") == Reason.forbidden_url
+
+
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "2606:4700::1111", "64:ff9b::101:101", "::ffff:1.1.1.1", "2002:101:101::"]
+)
+def test_public_addresses_are_not_refused(address: str) -> None:
+    assert guarded_pool._is_public(address)
 
 
 def test_private_host_is_refused_without_a_connection(server: Any) -> None:

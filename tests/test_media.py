@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import Frames, MediaConfig, MediaLoader
 from tests.media_files import encoded, frame_numbers, gradient, write_video
+from tests.test_fetch import server  # noqa: F401 - a fixture
 
 RGB = gradient(64, 96)
 PNG = encoded(Image.fromarray(RGB), "PNG")
@@ -94,6 +96,39 @@ def test_reject_reasons_are_exact(tmp_path: Path, reference: Any, expected: Reas
     assert reason(reference, tmp_path) == expected
 
 
+@pytest.mark.parametrize("start", ["", "\n", "\ufeff", "ID3\0"])
+def test_what_names_other_files_or_urls_opens_none(tmp_path: Path, server: Any, start: str) -> None:  # noqa: F811
+    video = write_video(tmp_path / "secret.ts", 3)
+    for target in (
+        str(video),
+        video.as_uri(),
+        f"{server.url}/ok",
+        "pipe:0",
+        f"concat:{video}|{video}",
+        f"subfile,,:{video}",
+    ):
+        for text in (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n",
+            f"ffconcat version 1.0\nfile '{target}'\n",
+            f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>{target}</BaseURL></MPD>',
+            f"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\na=control:{target}\r\nm=video 5004 RTP/AVP 96\r\n",
+            f'<smil><body><video src="{target}"/></body></smil>',
+        ):
+            assert reason((start + text).encode(), tmp_path) in (Reason.not_media, Reason.unsupported_format)
+    assert server.requests == []
+
+
+def test_no_content_starts_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(args))
+    monkeypatch.setattr(os, "system", started.append)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    binary = b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + len(postscript).to_bytes(4, "little") + bytes(20)
+    for data in (postscript, binary + postscript, b"%PDF-1.4\n" + postscript, b"\n\n" + postscript):
+        assert reason(data) in (Reason.unsupported_format, Reason.not_media)
+    assert started == []
+
+
 def test_content_decides_what_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "picture.mp4").write_bytes(PNG)
     write_video(tmp_path / "video.mp4", 5)
@@ -169,6 +204,21 @@ def test_max_frames_rejects_instead_of_filling_the_memory(tmp_path: Path) -> Non
         assert reason("a.mp4", tmp_path, **options) == Reason.too_large
     assert loader(tmp_path, max_frames=12).load("a.mp4").num_frames == 9
     assert loader(tmp_path, max_frames=11, num_frames=5).load("a.mp4").num_frames == 5
+
+
+def test_clips_shorter_than_asked_for_are_rejected_and_pictures_are_not(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 10)  # 9 after cutting to 1 + 4 k
+    assert loader(tmp_path, min_frames=9).load("a.mp4").num_frames == 9
+    assert reason("a.mp4", tmp_path, min_frames=10) == Reason.too_few_frames
+    assert reason("a.mp4", tmp_path, min_frames=9, fps=5) == Reason.too_few_frames  # counted after resampling
+    assert loader(min_frames=9).load(PNG).num_frames == 1
+    pixels = np.zeros((8, 64, 64, 3), np.uint8)
+    for clip in (frames(pixels, 8.0), frames(pixels), frames(pixels[:1], 8.0)):  # with a rate or several frames
+        with pytest.raises(
+            RowRejected, match=r"too_few_frames: [18] frames, cut to [15], less than media\.min_frames=9"
+        ):
+            loader(min_frames=9).conform(clip)
+    assert loader(min_frames=9).conform(frames(pixels[:1])).num_frames == 1
 
 
 def test_too_small_and_bad_aspect_are_judged_on_the_source(tmp_path: Path) -> None:
@@ -263,6 +313,21 @@ def test_lists_from_yaml_become_tuples() -> None:
 )
 def test_impossible_options_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"media.{next(iter(options))}"):
+        MediaConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_frames": 18, "num_frames": 17}, r"media\.min_frames=18 is more than media\.num_frames=17"),
+        ({"min_frames": 18, "max_frames": 17}, r"media\.min_frames=18 is more than media\.max_frames=17"),
+        ({"min_frames": 0}, r"media\.min_frames must be above 0"),
+        ({"max_redirects": -1}, r"media\.max_redirects must be 0 or more"),
+        ({"max_connections_per_host": 0}, r"media\.max_connections_per_host must be above 0"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         MediaConfig(**options)
 
 

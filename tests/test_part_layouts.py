@@ -187,7 +187,7 @@ def test_what_the_writer_writes_is_read_in_place(monkeypatch):
     def unexpected(raw: bytes) -> None:
         raise AssertionError("the slow reader was asked")
 
-    for extension, slow in (("pth", "_load_tensor"), ("pickle", "_unpickle_array")):
+    for extension, slow in (("pth", "load_saved_tensor"), ("pickle", "load_array_pickle")):
         layouts = safe_decoder._LAYOUTS[getattr(safe_decoder, slow)]
         monkeypatch.setitem(safe_decoder._DECODERS, extension, unexpected)
         monkeypatch.setitem(safe_decoder._LAYOUTS, unexpected, layouts)

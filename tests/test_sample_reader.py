@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import os
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,29 @@ def test_damaged_tars_fail_as_with_energon(tmp_path, damage):
     failures = [outcome(reader, index) for reader in (theirs, ours) for index in range(3)]
     assert failures[:3] == failures[3:]
     assert any(isinstance(found, type) for found in failures)
+
+
+def sparse(member: tarfile.TarInfo) -> None:
+    """512 bytes of holes by the headers, which might as well say a terabyte."""
+    if member.name.endswith(".json"):
+        member.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,2",
+                              "GNU.sparse.size": "1000000000000", "GNU.sparse.name": member.name}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_sparse_file_is_refused_by_name_before_it_fills_the_memory(tmp_path):
+    folder = indexed(tmp_path, sparse)
+    _, ours = readers(folder)
+    with pytest.raises(ValueError, match=r"shard_000000\.tar: samples/sample_0\.json is a sparse file"):
+        ours[0]
+
+
+def test_an_index_that_names_places_beyond_the_tar_takes_no_memory(tmp_path):
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
+    (index,) = folder.glob("*.tar.idx")
+    index.write_bytes(struct.pack("<4Q", 0, 1 << 62, 1 << 63, (1 << 64) - 1))
+    theirs, ours = readers(folder)
+    assert [outcome(ours, number) for number in range(3)] == [outcome(theirs, number) for number in range(3)]
 
 
 def test_files_are_closed_with_the_reader_and_kept_few(ten):

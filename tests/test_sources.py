@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffusion_data import parquet_reader, sources
-from diffusion_data.errors import UserError
+from diffusion_data.errors import Reason, UserError
 from diffusion_data.parquet_reader import BadCell, ParquetReader
 from diffusion_data.sources import ParquetSource, SourceFile
 
@@ -117,15 +119,176 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
         ParquetSource.open(str(tmp_path))
 
 
-def test_a_damaged_page_is_an_error_that_names_file_and_row(tmp_path: Path) -> None:
-    write(tmp_path / "x.parquet", list(range(3000)), row_group_size=1000)
-    raw = bytearray((tmp_path / "x.parquet").read_bytes())
-    place = len(raw) // 2
-    raw[place : place + 200] = bytes(200)
-    (tmp_path / "x.parquet").write_bytes(raw)
+# Damage
+
+
+def damage(path: Path, row_group: int, column: str) -> None:
+    """Overwrite the middle of a column's bytes in a row group."""
+    metadata = pq.read_metadata(path).row_group(row_group)
+    chunk = next(c for c in map(metadata.column, range(metadata.num_columns)) if c.path_in_schema == column)
+    raw = bytearray(path.read_bytes())
+    first = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+    raw[first : first + 60] = b"\xff" * 60
+    path.write_bytes(raw)
+
+
+def write_pages(path: Path, num_rows: int = 300, row_group_size: int = 100, **options: Any) -> None:
+    """Rows of three columns, eight to a page."""
+    table = pa.table({name: [f"{name}{row:05d}" for row in range(num_rows)] for name in ("a", "b", "c")})
+    options = {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 8, "compression": "none", **options}
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
+
+
+def lost(path: Path, start: int, stop: int) -> dict[str, set[int]]:
+    """The rows that are damaged, by column; every row is there and has every other cell."""
+    found: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
+    rows = list(ParquetSource.open(str(path)).read_rows(start, stop))
+    assert [row.index for row in rows] == list(range(start, stop))
+    for row in rows:
+        assert set(row.values) == {"a", "b", "c"}
+        for name, value in row.values.items():
+            if isinstance(value, BadCell):
+                assert value.reason is Reason.damaged_source
+                found[name].add(row.index)
+            else:
+                assert value == f"{name}{row.index:05d}"
+    return found
+
+
+def test_damage_costs_the_cells_of_its_column_up_to_the_end_of_the_row_group(tmp_path: Path) -> None:
+    write_pages(tmp_path / "x.parquet")
+    damage(tmp_path / "x.parquet", 1, "b")
+    assert lost(tmp_path, 0, 300) == {"a": set(), "b": set(range(100, 200)), "c": set()}
+    row = next(ParquetSource.open(str(tmp_path)).read_rows(100, 101))
+    assert row.values["b"].message.startswith("row group 1 of the file is damaged: OSError: ")
+
+
+def test_damage_of_every_column_costs_the_row_group_and_no_other(tmp_path: Path) -> None:
+    write_pages(tmp_path / "x.parquet")
+    for name in "abc":
+        damage(tmp_path / "x.parquet", 0, name)
+    assert lost(tmp_path, 0, 300) == {name: set(range(100)) for name in "abc"}
+    assert lost(tmp_path, 95, 120) == {name: set(range(95, 100)) for name in "abc"}
+
+
+def test_rows_before_the_damage_are_read_and_the_same_wherever_reading_begins(tmp_path: Path) -> None:
+    write_pages(tmp_path / "x.parquet", row_group_size=150)
+    raw = (tmp_path / "x.parquet").read_bytes()
+    place = raw.index(b"b00203") - 30  # the header of its page
+    (tmp_path / "x.parquet").write_bytes(raw[:place] + b"\xff" * 25 + raw[place + 25 :])
+    whole = lost(tmp_path, 0, 300)
+    assert whole["a"] == whole["c"] == set()
+    assert whole["b"] == set(range(min(whole["b"]), 300))
+    assert 182 <= min(whole["b"]) <= 203
+    for start, stop in [(0, 160), (160, 300), (190, 260), (205, 206), (0, 1)]:
+        assert lost(tmp_path, start, stop)["b"] == whole["b"] & set(range(start, stop))
+
+
+def test_a_flipped_bit_is_found_where_the_pages_have_checksums(tmp_path: Path) -> None:
+    write_pages(tmp_path / "x.parquet", write_page_checksum=True)
+    raw = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(raw.replace(b"c00150", b"d00150"))
+    assert min(lost(tmp_path, 0, 300)["c"]) in range(136, 151)
+
+
+def test_no_random_damage_stops_the_reading_or_loses_a_row(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    write_pages(tmp_path / "x.parquet", compression="snappy")
+    raw, end = (tmp_path / "x.parquet").read_bytes(), pq.read_metadata(tmp_path / "x.parquet").serialized_size + 8
+    damaged = 0
+    for _ in range(60):
+        spoilt = bytearray(raw)
+        place = int(random.integers(4, len(raw) - end - 40))
+        spoilt[place : place + 40] = random.bytes(40)
+        (tmp_path / "x.parquet").write_bytes(spoilt)
+        rows = list(ParquetSource.open(str(tmp_path)).read_rows(0, 300))
+        assert [row.index for row in rows] == list(range(300))
+        damaged += any(isinstance(value, BadCell) for row in rows for value in row.values.values())
+    assert damaged > 20
+
+
+def test_trouble_with_the_disk_or_the_network_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    write_pages(tmp_path / "x.parquet")
+    MemoryFileSystem().pipe("/flaky/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    source = ParquetSource.open("memory://flaky/x.parquet")
+    for what, said in [("fail", "Input/output error"), ("short", r"it gave 1 of \d+ bytes")]:
+        reads: list[int] = []
+
+        def flaky(file: MemoryFile, size: int = -1, what: str = what, reads: list[int] = reads) -> bytes:
+            reads.append(size)
+            if len(reads) > 5 and what == "fail":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return BytesIO.read(file, 1 if len(reads) > 5 else size)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(MemoryFile, "read", flaky, raising=False)
+            patched.setattr(parquet_reader, "_REMOTE_BUFFER_BYTES", 500)
+            with pytest.raises(UserError, match=rf"/flaky/x\.parquet can't be read from row \d+ on: .*{said}"):
+                list(source.read_rows(0, 300))
+    assert [row.index for row in source.read_rows(0, 300)] == list(range(300))
+
+
+def test_a_footer_that_contradicts_itself_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pages(tmp_path / "x.parquet")
+    real = pq.read_metadata
+
+    class Contradicting:
+        def __init__(self, file: object) -> None:
+            self._real = real(file)
+
+        def __getattr__(self, name: str) -> Any:
+            return 299 if name == "num_rows" else getattr(self._real, name)
+
+    monkeypatch.setattr(pq, "read_metadata", Contradicting)
+    with pytest.raises(UserError, match=r"x\.parquet is not a readable parquet file.* 299 rows, its row groups 300"):
+        ParquetSource.open(str(tmp_path))
+
+
+# Layouts
+
+
+def test_files_may_differ_in_types_of_columns_and_their_order(tmp_path: Path) -> None:
+    captions = ["same", "same", "other"]
+    dictionary = pa.array(captions).dictionary_encode()
+    tables = [
+        pa.table({"caption": captions, "media": [b"1", b"2", b"3"]}),
+        pa.table({"media": pa.array([b"1", b"2", b"3"], pa.large_binary()), "caption": dictionary}),
+        pa.table({"extra": [0, 1, 2], "media": pa.array([b"1", b"2", b"3"], pa.binary(1)),
+                  "caption": pa.array(captions, pa.large_string())}),
+    ]  # fmt: skip
+    for number, table in enumerate(tables):
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=2)
     source = ParquetSource.open(str(tmp_path))
-    with pytest.raises(UserError, match=r"x\.parquet can't be read from row"):
-        list(source.read_rows(0, 3000))
+    source.require_columns({"caption": "x", "media": "x"})
+    assert source.columns == ["caption", "media"]
+    rows = [(row.values["caption"], row.values["media"]) for row in source.read_rows(0, 9)]
+    assert rows == [("same", b"1"), ("same", b"2"), ("other", b"3")] * 3
+
+
+def test_nested_columns_are_dicts_and_lists_with_damage_too(tmp_path: Path) -> None:
+    rows = [
+        {"media": {"bytes": b"x%d" % row, "path": None}, "tags": [{"name": "a"}] * row, "b.c": row} for row in range(9)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", use_dictionary=False)
+    assert [row.values for row in ParquetSource.open(str(tmp_path)).read_rows(0, 9)] == rows
+    damage(tmp_path / "x.parquet", 0, "media.bytes")
+    values = [row.values for row in ParquetSource.open(str(tmp_path)).read_rows(0, 9)]
+    assert all(isinstance(value.pop("media"), BadCell) for value in values)
+    assert values == [{"tags": row["tags"], "b.c": row["b.c"]} for row in rows]
+
+
+def test_empty_files_and_files_without_row_groups_are_no_hindrance(tmp_path: Path) -> None:
+    schema = pa.schema({"value": pa.int64(), "caption": pa.string()})
+    write(tmp_path / "b.parquet", [1, 2])
+    write(tmp_path / "d.parquet", [3])
+    for name in ("a", "c", "e"):
+        with pq.ParquetWriter(tmp_path / f"{name}.parquet", schema):
+            pass
+    pq.write_table(schema.empty_table(), tmp_path / "c2.parquet")
+    source = ParquetSource.open(str(tmp_path))
+    assert values_of(source, 0, 3) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["data[1].parquet", "what?.parquet", "a*.parquet", "set[1]/x.parquet"])

@@ -121,12 +121,32 @@ def process(row, *, media, flag):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path, number: signal.Signals) -> None:
-    source = write_source(tmp_path / "source.parquet", source_rows(60))
-    options = [MEDIA_CAPTION, *OPTIONS, f"source.path={source}", "output_dir=out"]
+    """The process function of the last row waits for a flag, so that the run can't end before the signal."""
+    (tmp_path / "patient.py").write_text(
+        """
+import os, time
+from diffusion_data.process_funcs import media_caption
+
+def process(row, *, media, flag):
+    while row["score"] == 2.5 and not os.path.exists(flag):
+        time.sleep(0.05)
+    return media_caption(row, media=media)
+"""
+    )
+    source = write_source(tmp_path / "source.parquet", source_rows(26))
+    options = [
+        MEDIA_CAPTION,
+        *OPTIONS,
+        f"source.path={source}",
+        "output_dir=out",
+        "process_func._target_=patient.process",
+        f"+process_func.flag={tmp_path}/flag",
+        "~process_func.media_column",
+        "~process_func.caption_column",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, *options], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    ) as running:
+    command = [sys.executable, SCRIPT, *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as running:
         while not list((tmp_path / "out").glob("shard_*.tar")):
             assert running.poll() is None
             time.sleep(0.02)
@@ -136,6 +156,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path, number: s
     assert "interrupted; what is finished is kept: run the same command again to go on" in told
     assert "Traceback" not in told
     assert not (tmp_path / "out/.nv-meta").exists()
-    prepare(prepare_config(source, tmp_path / "out"))
+    (tmp_path / "flag").touch()
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+    assert finished.returncode == 0, finished.stderr
     prepare(prepare_config(source, tmp_path / "undisturbed"))
     assert tar_bytes(tmp_path / "out") == tar_bytes(tmp_path / "undisturbed")

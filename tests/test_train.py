@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_data.diffusion_fake_datamodule import FakeLoader
 from diffusion_data.scripts.train import main
@@ -40,6 +42,10 @@ OFTEN = [
     "trainer.checkpoint_every_n_steps=2",
     "trainer.val_every_n_steps=2",
     "trainer.val_batches=2",
+    "optimizer.schedule=cosine",
+    "optimizer.warmup_steps=2",
+    "optimizer.decay_steps=6",
+    "ema.decay=0.9",
 ]
 
 
@@ -94,8 +100,26 @@ def test_every_step_has_its_row(whole_run: Path) -> None:
     assert [row["step"] for row in rows(whole_run)] == ["1", "2", "3", "4"]
     assert all(0.5 < loss < 3 for loss in losses(whole_run))
     assert [float(row["learning_rate"]) for row in rows(whole_run)] == pytest.approx(
-        [0.003 * step / 20 for step in (1, 2, 3, 4)]  # the warm-up of 20 steps
+        [0.003 * share for share in (0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2)]  # 2 steps of warm-up, 4 of cosine
     )
+
+
+def test_rows_tell_how_fast_and_how_full_steps_are(whole_run: Path) -> None:
+    for row in rows(whole_run):
+        samples, tokens = float(row["samples_per_second"]), float(row["tokens_per_second"])
+        assert 0 < samples < 1e5
+        assert 4 < tokens / samples < 8  # patches of the two shapes
+        assert float(row["padding_share"]) == pytest.approx(1 - tokens / samples / 8, abs=1e-3)  # padded to 8
+        assert 0 < float(row["data_wait_share"]) < 1
+
+
+def test_tensorboard_shows_what_the_rows_hold(whole_run: Path) -> None:
+    events = EventAccumulator(str(whole_run / "run" / "tensorboard"))
+    events.Reload()
+
+    for name in rows(whole_run)[0].keys() - {"step", "seconds"}:
+        curve = [(str(event.step), event.value) for event in events.Scalars(name)]
+        assert curve == [(row["step"], pytest.approx(float(row[name]))) for row in rows(whole_run)]
 
 
 def test_every_validation_has_its_row(whole_run: Path) -> None:
@@ -122,6 +146,7 @@ def test_output_is_progress_and_a_summary_without_warnings(whole_run: Path) -> N
 
     assert "4 steps (up to step 4)" in summary
     assert "ckpt_path=last" in summary
+    assert "samples/s" in progress[-1]
     assert progress[-1].startswith("step 4/4  train_loss ")
     assert all(line.startswith("step ") for line in progress), progress
 
@@ -140,14 +165,47 @@ def test_resumed_run_is_the_uninterrupted_one(whole_run: Path, train_here: Calla
         assert torch.equal(weight, checkpoint(tmp_path)["state_dict"][name]), name
 
 
-def test_two_processes_share_the_global_batch(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = train(tmp_path, "trainer.max_steps=2", "data.micro_batch_size=2", launcher=launcher)
+def test_the_average_of_the_weights_is_saved_beside_them(whole_run: Path) -> None:
+    state = checkpoint(whole_run)["state_dict"]
+    averages = {name: value for name, value in state.items() if name.startswith("ema.model.")}
+
+    assert {name.removeprefix("ema.") for name in averages} == state.keys() - averages.keys()
+    assert not torch.equal(averages["ema.model.output.bias"], state["model.output.bias"])
+
+
+TWO_STEPS = ["trainer.max_steps=2", "data.micro_batch_size=2", "trainer.checkpoint_every_n_steps=1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of 8 samples, micro batches of 2, a checkpoint at each step."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    done = train(folder, *TWO_STEPS, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_two_processes_share_the_global_batch(two_processes: Path) -> None:
+    assert len(losses(two_processes)) == 2
+    assert checkpoint(two_processes)["micro_batches_done"] == 4  # on each: 2 steps x 8 samples / 2 / 2 processes
+    assert (two_processes / "stdout").read_text().count("2 steps (up to step 2)") == 1
+
+
+def test_sharded_training_goes_on_from_unsharded_and_gives_the_same(two_processes: Path, tmp_path: Path) -> None:
+    first_step = two_processes / "run" / "checkpoints" / "step_000001.ckpt"
+    sharded = ["trainer.strategy=fsdp", "trainer.val_every_n_steps=1", f"ckpt_path={first_step}"]
+    done = train(tmp_path, *TWO_STEPS, *sharded, launcher=TORCHRUN)
 
     assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path)) == 2
-    assert checkpoint(tmp_path)["micro_batches_done"] == 4  # on each: 2 steps x 8 samples / 2 / 2 processes
-    assert done.stdout.count("2 steps (up to step 2)") == 1
+    assert "Warning" not in done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(two_processes)[1:], rel=1e-5)
+    saved, expected = checkpoint(tmp_path), checkpoint(two_processes)
+    assert saved["state_dict"].keys() == expected["state_dict"].keys()
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert saved["micro_batches_done"] == 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +214,8 @@ def test_two_processes_share_the_global_batch(tmp_path: Path) -> None:
         (["data=energon"], "missing option data.path (the folder that prepare_energon_dataset.py made"),
         ([*TINY, "trainer.max_step=3"], "unknown option trainer.max_step: did you mean trainer.max_steps?"),
         ([*TINY, "ckpt_path=last"], "run/checkpoints/last.ckpt does not exist; set output_dir="),
+        ([*TINY, "trainer.strategy=fsdp"], "trainer.strategy=fsdp is for several processes"),
+        ([*TINY, "optimizer.schedule=linear"], "schedule must be constant or cosine, got 'linear'"),
         ([*TINY, "trainer.max_steps=0"], "trainer: max_steps must be at least 1, got 0"),
         ([*TINY, "data.global_batch_size=3", "data.micro_batch_size=2"], "global_batch_size=3 is not divisible"),
         ([*TINY, "model.patch_channels=64"], "the model expects 64; set model.patch_channels=8"),

@@ -1,4 +1,4 @@
-"""Name of a bundled model -> its folder; and the path of the sample parquet. README.md describes them."""
+"""Name of a bundled model -> its folder; and the paths of the sample parquet and of the report's style."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _FOLDERS = {
 }
 
 SAMPLE_PARQUET = _HERE / "sample" / "sample.parquet"
+REPORT_STYLE = _HERE / "report.css"
 
 
 def bundled(name: str) -> Path | None:

@@ -1,0 +1,146 @@
+"""Forecast -> the lines that plan=true prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from diffusion_data.forecast import Forecast
+from diffusion_data.shard_plan import Shard
+from diffusion_data.stored_size import tar_overhead_bytes
+
+_SHAPES_NAMED = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What the run would have.
+
+    num_ranks: processes, one a GPU; without GPUs as many as share the processors
+    num_workers: decode processes of a rank
+    threads: of a rank, on a CPU; None on GPUs
+    price_per_hour: of one rank, in whatever currency; None tells no price
+    """
+
+    num_ranks: int
+    num_workers: int
+    threads: int | None
+    price_per_hour: float | None
+
+
+def forecast_text(
+    forecast: Forecast, shards: Sequence[Shard], machines: Machines, max_length: int, max_reject_rate: float
+) -> str:
+    """Several lines; numbers are of the whole source unless they say otherwise."""
+    num_rows = shards[-1].stop
+    scale = num_rows / forecast.looked_at
+    samples = round(forecast.decoded * scale)
+    lines = [
+        f"plan: {num_rows:,} rows, {forecast.looked_at:,} of them looked at; nothing is written",
+        f"  samples   about {samples:,}; shards: {len(shards):,} of {shards[0].num_rows:,} rows",
+        *_rejects(forecast, scale, max_reject_rate),
+    ]
+    if forecast.decoded:
+        lines += [
+            *_shapes(forecast),
+            _captions(forecast, scale, max_length),
+            f"  disk      {_size(expected_bytes(forecast, shards))} of shards, "
+            f"{forecast.stored_bytes / forecast.decoded / 1000:.0f} kB a sample",
+            *_time(forecast, num_rows, machines),
+        ]
+    return "\n".join(lines)
+
+
+def expected_bytes(forecast: Forecast, shards: Sequence[Shard]) -> int:
+    """Of all shards together."""
+    samples = forecast.stored_bytes * shards[-1].stop / forecast.looked_at
+    return round(samples) + len(shards) * tar_overhead_bytes()
+
+
+def seconds_per_row(forecast: Forecast, machines: Machines) -> dict[str, float]:
+    """How long a rank takes for a row, by what holds it up; the largest decides."""
+    decode, store, frames, captions, waiting = (
+        seconds / forecast.looked_at
+        for seconds in (
+            forecast.decode_cpu_seconds,
+            forecast.store_seconds,
+            forecast.frame_seconds,
+            forecast.caption_seconds,
+            forecast.decode_seconds,
+        )
+    )
+    workers = max(1, machines.num_workers)
+    if machines.threads is not None:
+        processors = max(machines.threads, workers)
+        return {
+            "the processors": (decode + store + frames + captions) / processors,
+            "fetching and decoding": waiting / workers,
+        }
+    return {"the GPU": frames + captions, "fetching and decoding": waiting / workers, "writing": store}
+
+
+def _rejects(forecast: Forecast, scale: float, max_reject_rate: float) -> Iterator[str]:
+    rejected = sum(forecast.rejected.values())
+    if not rejected:
+        # Nothing in n tries leaves, at 95%, a share of 3 / n.
+        certainty = "" if scale == 1 else f", so most likely less than {3 / forecast.looked_at:.1%} of all"
+        yield f"  rejected  none of {forecast.looked_at:,}{certainty}"
+        return
+    rate = rejected / forecast.looked_at
+    yield f"  rejected  about {round(rejected * scale):,} ({rate:.1%}):"
+    for reason, count in forecast.rejected.most_common():
+        yield f"            {reason} {round(count * scale):,} ({count:,} seen)"
+    if rate > max_reject_rate:
+        yield f"            more than max_reject_rate={max_reject_rate:g} allows: the run would stop"
+
+
+def _shapes(forecast: Forecast) -> Iterator[str]:
+    shapes = forecast.latent_shapes.most_common()
+    yield f"  latents   {len(shapes)} shapes (C x T x H x W), commonest first:"
+    for shape, count in shapes[:_SHAPES_NAMED]:
+        yield f"            {' x '.join(map(str, shape))}: {count / forecast.decoded:.1%}"
+    if len(shapes) > _SHAPES_NAMED:
+        others = sum(count for _, count in shapes[_SHAPES_NAMED:])
+        yield f"            {len(shapes) - _SHAPES_NAMED} others: {others / forecast.decoded:.1%}"
+    largest = max(shapes, key=lambda each: each[0][1] * each[0][2] * each[0][3])[0]
+    yield f"            largest seen: {' x '.join(map(str, largest))}"
+
+
+def _captions(forecast: Forecast, scale: float, max_length: int) -> str:
+    lengths = sorted(forecast.token_lengths)
+    cut = sum(length > max_length for length in lengths)
+    told = f"about {round(cut * scale):,} ({cut / len(lengths):.1%}) are" if cut else "none is"
+    return (
+        f"  captions  {lengths[len(lengths) // 2]} tokens in the middle, 95% up to "
+        f"{lengths[int(0.95 * (len(lengths) - 1))]}, longest {lengths[-1]}; {told} cut to {max_length}"
+    )
+
+
+def _time(forecast: Forecast, num_rows: int, machines: Machines) -> Iterator[str]:
+    limits = seconds_per_row(forecast, machines)
+    slowest = max(limits, key=limits.__getitem__)
+    hours = num_rows * limits[slowest] / machines.num_ranks / 3600
+    kind = "GPU" if machines.threads is None else "rank"
+    ranks = f"{machines.num_ranks} {kind}" + "s" * (machines.num_ranks > 1)
+    rate = machines.num_ranks / limits[slowest]
+    yield f"  time      {_duration(hours)} with {ranks}, {rate:,.1f} rows/s, held up by {slowest}"
+    parts = {
+        "decoding": forecast.decode_cpu_seconds,
+        "tokenizer": forecast.frame_seconds,
+        "text encoder": forecast.caption_seconds,
+        "writing": forecast.store_seconds,
+    }
+    told = ", ".join(f"{part} {1000 * seconds / forecast.looked_at:.2f}" for part, seconds in parts.items())
+    yield f"            ms a row: {told}; {machines.num_workers} decode processes a {kind}"
+    if machines.price_per_hour is not None:
+        yield f"  money     {hours * machines.num_ranks * machines.price_per_hour:,.2f}"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

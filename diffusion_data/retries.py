@@ -1,0 +1,43 @@
+"""Rows that the network failed, tried again: which of the finished shards can gain some now?
+
+Only these rows are decoded. A shard that can gain is then made anew as a whole, for batches are formed within it; its
+writer keeps the old one if a row is lost on the way (see `ShardWriter.write`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.distributed import Ranks
+from diffusion_data.ledger import Ledger
+from diffusion_data.row_decoder import DecodedRow
+from diffusion_data.shard_plan import Shard
+from diffusion_data.sources import ParquetSource, Row
+
+
+def shards_that_gain(
+    ranks: Ranks, retry: Sequence[Shard], ledger: Ledger, source: ParquetSource, workers: DecodeWorkers
+) -> set[int]:
+    """Numbers of the shards of `retry` of which a rejected row can be had now, on every rank the same.
+
+    The ranks share the rows, which count neither as done nor as rejected.
+    """
+    gaining: set[int] = set()
+
+    def rows() -> Iterator[tuple[Shard, Row]]:
+        for shard in ranks.claimed(retry, "retries_claimed"):
+            entry = ledger.read(shard)
+            for index in entry.retryable if entry is not None else ():
+                if shard.number in gaining:
+                    break
+                for row in source.read_rows(index, index + 1):
+                    yield shard, row
+
+    for shard, result in workers.map(rows()):
+        if isinstance(result, DecodedRow):
+            gaining.add(shard.number)
+    ranks.publish(f"gaining/{ranks.rank}", sorted(gaining))
+    for rank in range(ranks.world_size):
+        gaining.update(ranks.receive(f"gaining/{rank}", publisher=rank))
+    return gaining

@@ -1,0 +1,60 @@
+"""The share of rejected rows is counted over all ranks, and the run stops when it is too large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from diffusion_data.distributed import Ranks
+from diffusion_data.errors import Reason, UserError
+from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED
+from diffusion_data.reject_limit import counted
+from diffusion_data.row_decoder import DecodedRow, RejectedRow
+from diffusion_data.shard_plan import Shard
+from tests.test_distributed import ranks
+from tests.test_encode_pipeline import decoded
+
+SHARD = Shard(number=0, start=0, stop=1000)
+
+
+def results(written: int, *reasons: Reason) -> Iterator[tuple[Shard, DecodedRow | RejectedRow]]:
+    for row, reason in enumerate(reasons):
+        yield SHARD, RejectedRow(row=row, source_file="a", source_row=row, reason=reason, message="")
+    good = decoded(0)
+    for _ in range(written):
+        yield SHARD, good
+
+
+def pass_on(rank: Ranks, limit: float, written: int, *reasons: Reason) -> int:
+    return sum(1 for _ in counted(results(written, *reasons), rank, limit))
+
+
+def test_what_passes_is_counted_for_all_ranks() -> None:
+    first, second = ranks(2)
+    assert pass_on(first, 0.05, 100, Reason.empty) == 101
+    assert pass_on(second, 0.05, 50) == 50
+    assert (first.count(ROWS_DONE), second.count(ROWS_REJECTED)) == (151, 1)
+
+
+def test_the_limit_is_of_all_ranks_together_and_the_reasons_are_told() -> None:
+    first, second = ranks(2)
+    assert pass_on(first, 0.05, 190, *[Reason.empty] * 10) == 200  # at the limit, and too few to say
+    with pytest.raises(
+        UserError,
+        match=r"max_reject_rate: 21 of 400 rows were rejected, more than 5% \(on this rank: not_found 9, timeout 2\)",
+    ):
+        pass_on(second, 0.05, 189, Reason.timeout, *[Reason.not_found] * 9, Reason.timeout)
+
+
+def test_a_rank_that_is_well_stops_because_of_the_others() -> None:
+    first, second = ranks(2)
+    assert pass_on(first, 0.05, 0, *[Reason.not_media] * 299) == 299  # of fewer rows nothing is said
+    with pytest.raises(UserError, match="299 of 300 rows were rejected"):
+        pass_on(second, 0.05, 1)
+
+
+def test_at_the_limit_the_run_goes_on() -> None:
+    (only,) = ranks(1)
+    assert pass_on(only, 0.05, 380, *[Reason.empty] * 20) == 400
+    assert pass_on(ranks(1)[0], 1.0, 0, *[Reason.empty] * 400) == 400

@@ -1,0 +1,256 @@
+"""The report of a dataset: numbers that are right, pictures beside their source, and captions that stay text."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusion_data.cosmos_tokenizer import CosmosTokenizer
+from diffusion_data.decoded_sample import decode_sample, psnr_db
+from diffusion_data.prepare_energon_dataset import prepare
+from diffusion_data.scripts.report_dataset import main
+from diffusion_data.shard_reader import read_shard
+from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
+from tests.tiny_dataset import tiny_sample, write_dataset
+
+HOSTILE = '</title><script>alert(1)</script><img src=x onerror="alert(2)"> & "quotes\''
+
+
+class Page(HTMLParser):
+    """Tags, and the rows of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        self._cell = tag in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell and self.rows:
+            self.rows[-1].append(data)
+        self._cell = False
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+def opened(image: dict[str, str | None]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(str(image["src"]).partition(",")[2])))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 rows, clips at 3 and 10, one row rejected, a caption that would like to be code; prepared with its report."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = source_rows(12)
+    rows[1]["caption"] = HOSTILE
+    rows[5]["media"]["bytes"] = picture_bytes(5)[:200]
+    source = write_source(folder / "source.parquet", rows)
+    prepare(prepare_config(source, folder / "dataset", report=True))
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="module")
+def page(prepared: Path) -> str:
+    return (prepared / "run/report/index.html").read_text()
+
+
+def test_the_job_writes_a_page_and_plots(prepared: Path, page: str) -> None:
+    plots = {path.stem for path in (prepared / "run/report").glob("*.png")}
+    assert plots >= {"resolutions", "aspect_ratios", "frames", "fps", "caption_lengths", "rejects", "latents"}
+    for path in (prepared / "run/report").glob("*.png"):
+        with Image.open(path) as plot:
+            assert plot.width == 960
+    rows = Page(page).rows
+    assert ["64x48", "8"] in rows
+    assert ["48x48", "3"] in rows
+    assert ["4:3", "8"] in rows
+    assert (["1", "9"] in rows, ["9", "2"] in rows, ["8", "2"] in rows) == (True, True, True)  # frames; fps
+    assert ["truncated", "1"] in rows
+
+
+def test_latent_means_are_those_of_the_statistics(prepared: Path, page: str) -> None:
+    stats = json.loads((prepared / "run/stats.json").read_text())
+    told = f"{stats['latent_mean'][3]:+.2f} ± {stats['latent_std'][3]:.2f}".replace("-", "−")
+    assert ["3", told] in Page(page).rows
+
+
+def test_a_hostile_caption_stays_text(page: str) -> None:
+    parsed = Page(page)
+    assert not [tag for tag, _ in parsed.tags if tag in ("script", "iframe", "object", "form", "link", "base")]
+    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+    assert html.escape(HOSTILE, quote=True) in page
+    assert "alert(1)</script>" not in page
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    addresses = [
+        value
+        for _, attributes in Page(page).tags
+        for name, value in attributes.items()
+        if name in ("src", "srcset", "href") and value
+    ]
+    assert addresses
+    assert all(value.startswith(("data:image/webp;base64,", "#")) for value in addresses)
+    assert "url(" not in page
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+
+
+def test_source_and_decoded_pictures_stand_side_by_side_with_their_psnr(prepared: Path, page: str) -> None:
+    first = next(read_shard(prepared / "shard_000000.tar"))
+    decoded = decode_sample(first, CosmosTokenizer.from_pretrained("tiny-cosmos"))
+    with Image.open(io.BytesIO(picture_bytes(0, width=48))) as drawn:
+        source = np.asarray(drawn.convert("RGB"))[None]
+    images = Page(page).images()
+    assert [image["alt"] for image in images[:2]] == ["source: picture nice", "decoded: picture nice"]
+    for image, shown, other in ((images[0], source, decoded), (images[1], decoded, source)):
+        with opened(image) as stored:
+            pixels = np.asarray(stored.convert("RGB"))[None]
+        assert psnr_db(pixels, shown) > max(24, psnr_db(pixels, other))  # WebP loses a little
+    assert f"PSNR <b>{psnr_db(source, decoded):.1f} dB</b>" in page
+
+
+def test_a_clip_plays_and_shows_its_first_and_last_frame(page: str) -> None:
+    images = Page(page).images()
+    caption = "picture very very very nice"
+    place = [image["alt"] for image in images].index(f"source: {caption}")
+    with opened(images[place]) as clip:
+        assert getattr(clip, "n_frames", 1) == 9
+        clip.seek(8)
+        clip.load()
+        assert clip.info["duration"] == 125
+    assert [image["alt"] for image in images[place + 2 : place + 6]] == [
+        f"source frame 1: {caption}",
+        f"decoded frame 1: {caption}",
+        f"source frame 9: {caption}",
+        f"decoded frame 9: {caption}",
+    ]
+    assert "9 frames · 8 fps" in page
+    assert "(prefers-reduced-motion: reduce)" in page
+
+
+def test_the_beginning_of_a_latent_decodes_to_the_beginning_of_its_clip() -> None:
+    tokenizer = CosmosTokenizer.from_pretrained("tiny-cosmos")
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 9, 32, 32, 3), np.uint8))
+    latent = tokenizer.encode(frames)[0]
+    sample = tiny_sample(0, latent_shape=tuple(latent.shape))
+    object.__setattr__(sample, "latent", latent)
+    whole = decode_sample(sample, tokenizer).astype(int)
+    for asked, given in ((1, 1), (4, 1), (5, 5), (8, 5), (9, 9), (100, 9)):
+        beginning = decode_sample(sample, tokenizer, asked)
+        assert len(beginning) == given
+        assert np.abs(beginning - whole[:given]).max() <= 1
+
+
+def test_psnr_of_known_pictures() -> None:
+    black = np.zeros((1, 4, 4, 3), np.uint8)
+    assert math.isinf(psnr_db(black, black))
+    assert psnr_db(black, black + 1) == pytest.approx(48.1308, abs=1e-3)
+    assert psnr_db(black, black + 255) == 0
+
+
+def test_the_job_is_not_failed_by_its_report(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dataset/run").mkdir(parents=True)
+    (tmp_path / "dataset/run/report").write_text("a file where the folder should be")
+    totals = prepare(prepare_config(prepared.parent / "source.parquet", tmp_path / "dataset", report=True))
+    assert totals is not None
+    assert totals.written == 11
+    assert (tmp_path / "dataset/.nv-meta/dataset.yaml").exists()
+    assert "  no report, but the dataset is complete (UserError: can't write the report" in capsys.readouterr().out
+
+
+def test_a_run_that_changes_nothing_leaves_the_report_alone(prepared: Path) -> None:
+    page = prepared / "run/report/index.html"
+    before = page.stat().st_mtime_ns
+    prepare(prepare_config(prepared.parent / "source.parquet", prepared, report=True))
+    assert page.stat().st_mtime_ns == before
+
+
+def test_the_script_shows_no_source_unless_it_is_told_to(prepared: Path, tmp_path: Path) -> None:
+    """A dataset from elsewhere names a function to call and files to read: nobody has asked for either."""
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    config = yaml.safe_load((copy / "run/config.yaml").read_text())
+    config["process_func"] = {"_target_": "tests.test_report.must_not_run"}
+    (copy / "run/config.yaml").write_text(yaml.safe_dump(config))
+    main([str(copy), "--output", str(tmp_path / "alone"), "--samples", "2"])
+    assert str(Page((tmp_path / "alone/index.html").read_text()).images()[0]["alt"]).startswith("decoded: ")
+    assert not CALLS
+    main([str(copy), "--output", str(tmp_path / "both"), "--samples", "2", "--sources"])
+    assert CALLS
+
+
+CALLS: list[object] = []
+
+
+def must_not_run(row: dict[str, object], *, media: object) -> None:
+    CALLS.append(row)
+
+
+def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4), caption_extra=HOSTILE) for row in range(6)]
+    samples.append(tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25))
+    dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
+    main([str(dataset)])
+    page = (dataset / "run/report/index.html").read_text()
+    assert "No pictures are shown: " in page
+    assert not Page(page).images()
+    assert ["32x32", "6"] in Page(page).rows
+    assert ["12", "1"] in Page(page).rows
+    assert "they are those of 7 samples" in page
+
+    main([str(dataset), "--tokenizer", "tiny-cosmos"])
+    page = (dataset / "run/report/index.html").read_text()
+    assert [str(image["alt"]) for image in Page(page).images()[:2]] == ["decoded: caption 0", "decoded: caption 1"]
+    assert "1.50 to 2.25 s of its source" in page
+    assert "PSNR <b>" not in page
+
+
+def test_a_broken_shard_and_odd_metadata_are_told_not_fatal(tmp_path: Path) -> None:
+    samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4)) for row in range(8)]
+    samples[2].metadata.update(height="tall", framerate="fast")
+    samples[3].metadata.update(framerate=float("1e300"), caption=["no", "text"], num_frames="one")
+    dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
+    (dataset / "shard_000001.tar").write_bytes((dataset / "shard_000001.tar").read_bytes()[:1500])
+    (dataset / "run").mkdir()
+    (dataset / "run/stats.json").write_text('{"rejected": [], "rows": "many"}')
+    main([str(dataset), "--tokenizer", "tiny-cosmos"])
+    page = (dataset / "run/report/index.html").read_text()
+    assert "run/stats.json can&#x27;t be used" in page
+    assert "2 samples have metadata that can&#x27;t be used" in page
+    assert "shard_000001.tar can&#x27;t be read" in page
+    assert ["32x32", "2"] in Page(page).rows
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nowhere"], "nowhere is not a folder"), (["."], "holds no .tar file"), ([".", "--samples", "0"], "--samples")],
+)
+def test_a_mistake_is_told_in_a_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
