@@ -11,6 +11,7 @@ with, or as many workers in total on another number of ranks; see docs/training_
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -42,14 +43,15 @@ from diffusion_data.epoch_length import (
 from diffusion_data.errors import UserError
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
 from diffusion_data.loader_state import to_plain
-from diffusion_data.packing import refuse_unfit_packing
+from diffusion_data.packing import agreed, refuse_unfit_packing
 from diffusion_data.parallel_ranks import (
     DataParallel,
+    can_gather,
     data_parallel,
     gather_from_ranks,
     gradient_accumulation_steps,
 )
-from diffusion_data.redistribution import fitted_state
+from diffusion_data.redistribution import fitted_state, rescale_batches
 from diffusion_data.text_dropout import read_empty_caption
 from diffusion_data.training_stream import WholePasses
 
@@ -106,6 +108,9 @@ class DiffusionDataModule(LightningDataModule):
         super().__init__()
         if shuffle_buffer_size < 1 or (virtual_epoch_length is not None and virtual_epoch_length < 1):
             raise UserError("shuffle_buffer_size and virtual_epoch_length must be at least 1")
+        task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        max_seq_length = agreed("max_seq_length", max_seq_length, task_encoder.max_seq_length)
+        bucket_by_shape = bucket_by_shape or task_encoder.bucket_by_shape
         refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
         if not repeat and (max_seq_length or bucket_by_shape or virtual_epoch_length):
             raise UserError(
@@ -119,7 +124,7 @@ class DiffusionDataModule(LightningDataModule):
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        self.task_encoder = task_encoder
         self.use_train_split_for_val = use_train_split_for_val
         self.shuffle_buffer_size = shuffle_buffer_size
         self.virtual_epoch_length = virtual_epoch_length
@@ -130,10 +135,11 @@ class DiffusionDataModule(LightningDataModule):
         self.seed = seed
         self.parallel = parallel
         self.device_mesh = device_mesh
+        self._own_multiple = task_encoder.length_multiple
         self._is_set_up = False
         self._source: DatasetSource | None = None
         self._train: TrainLoader | None = None
-        self._finite: list[ValLoader] = []
+        self._finite: dict[str, ValLoader] = {}
         self._train_config: WorkerConfig | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -157,16 +163,13 @@ class DiffusionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check the dataset and settle what the task encoder has to know of it and of the ranks."""
-        asked, encoder = self.seq_length, self.task_encoder
-        if asked is not None and encoder.seq_length not in (None, asked):
-            raise UserError(f"seq_length={asked}, but the task encoder was made with {encoder.seq_length}")
+        encoder = self.task_encoder
+        length = agreed("seq_length", self.seq_length, encoder.seq_length)
         encoder.max_seq_length, encoder.bucket_by_shape = self.max_seq_length, self.bucket_by_shape
-        encoder.length_multiple = self._parallel().length_multiple
-        if asked is None:
-            asked = encoder.seq_length
-            if asked is None and self.max_seq_length is None and not self.bucket_by_shape:
-                asked = longest_of_dataset(self.source, encoder)
-        self.seq_length = encoder.seq_length = asked
+        encoder.length_multiple = self._length_multiple()
+        if length is None and self.max_seq_length is None and not self.bucket_by_shape:
+            length = longest_of_dataset(self.source, encoder)
+        self.seq_length = encoder.seq_length = length
         if encoder.text_dropout > 0 and encoder.empty_text is None:
             encoder.empty_text = read_empty_caption(self.source.folders)
         if encoder.latent_scaling == PER_CHANNEL and encoder.scaling is None:
@@ -198,12 +201,13 @@ class DiffusionDataModule(LightningDataModule):
         return self._finite_loader("test")
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the workers. The place in the training stream is kept for the next loader or checkpoint."""
-        for loader in self._finite:
+        """End the workers. The place in the training stream is kept for the next loader or checkpoint, unless it is
+        that of several ranks without a process group."""
+        for loader in self._finite.values():
             loader.close()
         self._finite.clear()
         if self._train is not None:
-            self._saved = self.state_dict()
+            self._saved = self.state_dict() if can_gather(self._parallel()) else None
             self._train.close()
             self._train = self._train_config = None
 
@@ -222,7 +226,10 @@ class DiffusionDataModule(LightningDataModule):
 
     def _open_train(self, config: WorkerConfig) -> TrainLoader:
         settings = self._stream_settings(config)
-        saved = None if self._saved is None else fitted_state(self._saved, settings)
+        saved = None
+        if self._saved is not None:
+            saved = fitted_state(self._saved, settings)
+            rescale_batches(self.trainer, self._saved["settings"], settings)
         dataset = get_train_dataset(
             self.source.spec,
             split_part="train",
@@ -236,7 +243,8 @@ class DiffusionDataModule(LightningDataModule):
         )
         length = settings["virtual_epoch_length"]
         if not self.repeat:
-            dataset = WholePasses(dataset, length // max(1, config.num_workers), worker_config=config)
+            share = length // max(1, config.num_workers)
+            dataset = WholePasses(dataset, share, self.task_encoder.skips, worker_config=config)
         loader = SavableDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         self._saved = None
@@ -255,9 +263,10 @@ class DiffusionDataModule(LightningDataModule):
         if self.max_seq_length is None and not self.bucket_by_shape:
             length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
         make = partial(self._open_finite, split, config)
-        loader = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
-        self._finite.append(loader)
-        return loader
+        if split in self._finite:
+            self._finite[split].close()
+        self._finite[split] = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
+        return self._finite[split]
 
     def _open_finite(self, split: str, config: WorkerConfig) -> Any:
         dataset = get_val_dataset(
@@ -285,10 +294,13 @@ class DiffusionDataModule(LightningDataModule):
     def _ensure_set_up(self) -> None:
         encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known
         told = (encoder.seq_length, encoder.max_seq_length, encoder.bucket_by_shape, encoder.length_multiple)
-        if told != (self.seq_length, self.max_seq_length, self.bucket_by_shape, self._parallel().length_multiple):
+        if told != (self.seq_length, self.max_seq_length, self.bucket_by_shape, self._length_multiple()):
             self._is_set_up = False
         if not self._is_set_up:
             self.setup()
+
+    def _length_multiple(self) -> int:
+        return math.lcm(self._own_multiple, self._parallel().length_multiple)
 
     def _parallel(self) -> DataParallel:
         return self.parallel or data_parallel(self.trainer, self.device_mesh)

@@ -17,6 +17,17 @@ class QuietPacking(PackingDataset[Any, Any, Any]):
         return super()._fill_reading_buffer(source_iter, log_progress=False)
 
 
+def agreed(name: str, of_datamodule: int | None, of_task_encoder: int | None) -> int | None:
+    """An option that both may have: where only one has it, its value.
+
+    Raises:
+        UserError: they have different values.
+    """
+    if None not in (of_datamodule, of_task_encoder) and of_datamodule != of_task_encoder:
+        raise UserError(f"{name}={of_datamodule}, but the task encoder was made with {of_task_encoder}")
+    return of_task_encoder if of_datamodule is None else of_datamodule
+
+
 def refuse_unfit_packing(max_seq_length: int | None, packing_buffer_size: int | None, bucket_by_shape: bool) -> None:
     """Packing needs both of its options, and excludes buckets.
 

@@ -13,6 +13,7 @@ from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample, sample_key
+from diffusion_data.parallel_ranks import DataParallel
 from tests.datamodules import as_rank, flat, module, rows, through_a_checkpoint
 from tests.test_safe_decoder import Hostile
 from tests.tiny_dataset import tiny_sample, write_dataset, write_raw_dataset
@@ -171,6 +172,19 @@ def test_one_pass_resumes_from_anywhere_in_it(ten, num_workers, places):
         resumed.load_state_dict(states[done - 1])
         rest = [batch["__key__"] for _ in range(2) for batch in resumed.train_dataloader()]
         assert rest[: len(stream) - done] == stream[done:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_pass_over_nothing_usable_stops(ten, num_workers):
+    with pytest.raises(UserError, match="no sample could be used"):
+        rows(module(ten, seq_length=3, repeat=False, num_workers=num_workers).train_dataloader())
+
+
+def test_a_place_of_several_ranks_without_a_process_group_is_an_error_in_one_line(ten):
+    data = module(ten, global_batch_size=2, parallel=DataParallel(rank=0, size=2))
+    next(iter(data.train_dataloader()))
+    with pytest.raises(UserError, match="init_process_group first"):
+        data.state_dict()
 
 
 def test_one_pass_excludes_what_has_no_countable_batches(ten):

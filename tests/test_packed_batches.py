@@ -187,6 +187,22 @@ def test_packing_options_that_do_not_fit_are_refused(mixed):
         module(mixed, max_seq_length=8, packing_buffer_size=8, bucket_by_shape=True)
 
 
+def test_the_task_encoder_may_bring_the_length_of_packed_sequences(mixed):
+    data = module(mixed, packing_buffer_size=4, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+    assert next(iter(data.train_dataloader()))["video"].shape[1] == 16
+    with pytest.raises(UserError, match="max_seq_length=24, but the task encoder was made with 16"):
+        module(mixed, **PACKED, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+    with pytest.raises(UserError, match="packing_buffer_size is not set"):
+        module(mixed, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+
+
+def test_lengths_are_rounded_up_to_a_multiple_on_request(mixed):
+    encoder = BasicDiffusionTaskEncoder(length_multiple=16)
+    batch = next(iter(module(mixed, task_encoder=encoder).train_dataloader()))
+    assert batch["video"].shape[1] == 16  # the longest has 12 patches
+    assert batch["t5_text_embeddings"].shape[1] == 512
+
+
 def test_a_state_of_another_layout_is_refused(mixed):
     reference = module(mixed, **PACKED)
     next(iter(reference.train_dataloader()))
