@@ -1,7 +1,9 @@
 """plan=true: a look at rows spread over the source -> what the whole run will take and give. Nothing is written.
 
-rows at even distances ─ decode ─▶ sizes, captions, rejects ───────▶ Forecast, scaled to all rows
-                            └─ a batch of each shape ─ encode ─▶ seconds ──┘
+    rows at even distances ─ decode ─▶ sizes, captions, rejects ───────▶ Forecast
+                                └─ a batch of each shape ─ encode ─▶ seconds ──┘
+
+Bytes follow from the sizes that samples will have, times from batches like the run's.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from diffusion_data.fingerprint import files_digest, library_versions, module_di
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
 from diffusion_data.forecast import make_forecast
 from diffusion_data.forecast_text import Machines, forecast_text
+from diffusion_data.job_report import write_job_report
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
@@ -47,7 +49,6 @@ from diffusion_data.run_folder import RunFolder
 from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
-from diffusion_data.source_frames import SourceFrames
 from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.stage_times import StageTimes
 from diffusion_data.summary import summary
@@ -123,7 +124,8 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
             read_one_batch(output_dir, config.split_ratio)
         print(summary(config, totals, num_todo, phases.seconds()), flush=True)
         if config.report and num_todo:
-            print(_write_report(config, job))
+            decoder = partial(row_decoder, config)
+            print(write_job_report(output_dir, job.source, decoder, job.encoders.tokenizer, config.tokenizer))
     return totals
 
 
@@ -199,34 +201,6 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
         with _decode_workers(config, ranks, encoders.tokenizer) as workers:
             forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
     return forecast_text(forecast, shards, machines, config.text_encoder.max_length, config.max_reject_rate)
-
-
-def _write_report(config: PrepareConfig, job: _Job) -> str:
-    """A line on it. The dataset is finished, so nothing that goes wrong here may fail the job."""
-    from diffusion_data.report import write_report  # reads shards with what training reads them with
-    from diffusion_data.report_sheet import SheetOptions
-
-    try:
-        page = write_report(
-            Path(config.output_dir),
-            Path(config.output_dir) / "run" / "report",
-            lambda: _with_decoder(config, job.encoders.tokenizer),
-            lambda tokenizer: SourceFrames(job.source, row_decoder(config, tokenizer)),
-            SheetOptions(),
-        )
-    except Exception as error:  # noqa: BLE001 - see above
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"  no report, but the dataset is complete ({told}); scripts/report_dataset.py tries again"
-    return f"  report: {page}"
-
-
-def _with_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> CosmosTokenizer:
-    """The job's tokenizer if it can decode, else the same one loaded with its decoder."""
-    if tokenizer.network.decoder is not None:
-        return tokenizer
-    return CosmosTokenizer.from_pretrained(
-        config.tokenizer.name, config.tokenizer.cache_dir, tokenizer.device, tokenizer.dtype
-    )
 
 
 def _with_retries(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> _Job:

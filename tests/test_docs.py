@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +34,18 @@ def code_block(page: str, language: str) -> str:
     return "\n".join(line[4:] for line in found.splitlines())
 
 
+def run_here(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command prints; in this process, since starting one takes longer than most of them."""
+    words = shlex.split(line)
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", words[script:])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    capsys.readouterr()
+    import_module(f"diffusion_data.scripts.{Path(words[script]).stem}").main()
+    return capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the gallery's first command has made the sample dataset, with its report."""
@@ -43,27 +56,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_gallerys_report_can_be_made_again(folder: Path) -> None:
+def test_the_gallerys_report_can_be_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, again, elsewhere = commands("gallery.rst")
-    run_in(folder, again)
+    run_here(folder, again, monkeypatch, capsys)
     page = (folder / "sample_dataset/run/report/index.html").read_text()
     assert page.count("<figure>") == 24
     assert page.count("PSNR <b>") == 24
 
     shutil.copytree(folder / "sample_dataset", folder / "elsewhere")
     shutil.rmtree(folder / "elsewhere/run")
-    run_in(folder, elsewhere.replace("nvidia/Cosmos-0.1-Tokenizer-CV4x8x8", "tiny-cosmos"))
+    elsewhere = elsewhere.replace("nvidia/Cosmos-0.1-Tokenizer-CV4x8x8", "tiny-cosmos")
+    run_here(folder, elsewhere, monkeypatch, capsys)
     page = (folder / "elsewhere_report/index.html").read_text()
     assert page.count("<figure>") == 12
     assert "This dataset doesn&#x27;t tell its statistics: they are those of 56 samples" in page
 
 
-def test_the_disk_formats_commands_and_code_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_formats_commands_and_code_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     table, one = commands("disk_format.rst")
-    assert len(run_in(folder, table).stdout.splitlines()) == 22
-    run_in(folder, one)
+    assert len(run_here(folder, table, monkeypatch, capsys).splitlines()) == 22
+    run_here(folder, one, monkeypatch, capsys)
     assert (folder / "picture.png").stat().st_size > 1000
-    monkeypatch.chdir(folder)
     names: dict[str, object] = {}
     exec(code_block("disk_format.rst", "python"), names)
     assert names["caption"].startswith("a brown square")  # type: ignore[attr-defined]
@@ -79,15 +96,19 @@ def test_every_field_of_the_format_is_described() -> None:
     assert described >= RESERVED_FIELDS
 
 
-def test_the_plan_of_several_nodes_is_told(folder: Path) -> None:
+def test_the_plan_of_several_nodes_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     *_, plan = commands("multi_node.rst")
-    said = run_in(folder, plan).stdout
+    said = run_here(tmp_path, plan, monkeypatch, capsys)
     assert "plan: 56 rows, 56 of them looked at; nothing is written" in said
     assert "with 32 ranks" in said
     assert "money" in said
 
 
-def test_the_recipe_of_films_runs(tmp_path: Path) -> None:
+def test_the_recipe_of_films_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "films.py").write_text(code_block("recipes.rst", "python"))
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe/films.yaml").write_text(code_block("recipes.rst", "yaml"))
@@ -96,18 +117,20 @@ def test_the_recipe_of_films_runs(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "films.parquet")
     (tmp_path / "a.png").write_bytes(picture_bytes(1))
     plan, run = commands("recipes.rst")
-    assert "process_func_error 1 (1 seen)" in run_in(tmp_path, plan).stdout
+    assert "process_func_error 1 (1 seen)" in run_here(tmp_path, plan, monkeypatch, capsys)
     assert not (tmp_path / "films_dataset").exists()
     assert "2 rows = 1 written + 1 rejected" in run_in(tmp_path, run).stdout
-    shown = run_in(tmp_path, "python scripts/inspect_shard.py films_dataset/shard_000000.tar").stdout
+    shown = run_here(tmp_path, "python scripts/inspect_shard.py films_dataset/shard_000000.tar", monkeypatch, capsys)
     assert '"caption": "A Film, Rome"' in shown
     assert '"score": 0.9, "year": 1960' in shown
 
 
-def test_the_costs_of_scaling_are_measured(tmp_path: Path) -> None:
+def test_the_costs_of_scaling_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (command,) = [line for line in commands("scaling.rst") if "bench_scaling" in line]
     small = re.sub(r"--(\w+) \d+", lambda match: f"--{match[1]} 5", command)
-    measured = run_in(tmp_path, small, "--files", "3").stdout.splitlines()
+    measured = run_here(tmp_path, f"{small} --files 3", monkeypatch, capsys).splitlines()
     assert [line.partition(":")[0] for line in measured] == ["source", "plan", "ledger", "ledger", "energon", "energon"]
     assert "100,000 shards of 10,000" in measured[1]
 
