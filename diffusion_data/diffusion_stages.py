@@ -14,7 +14,7 @@ from diffusion_data.batch_layout import padded_batch
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
 from diffusion_data.errors import UserError
 from diffusion_data.packed_layout import PackedSample, packed_batch, rounded_up
-from diffusion_data.packing import QuietPacking
+from diffusion_data.packing import FullPacking
 from diffusion_data.safe_decoder import SafeDecoder
 from diffusion_data.sample_reader import read_plainly
 from diffusion_data.sequence_packing import pack_sequences
@@ -118,7 +118,7 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
         **batching: Any,
     ) -> SavableDataset[Any]:
         if packing_buffer_size is not None:
-            dataset = QuietPacking(
+            dataset = FullPacking(
                 dataset,
                 buffer_size=packing_buffer_size,
                 pre_packer=self.select_samples_to_pack,
