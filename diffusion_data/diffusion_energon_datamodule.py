@@ -31,6 +31,7 @@ from diffusion_data.energon_loaders import (
     TrainLoader,
     ValLoader,
     batches_of_longest_rank,
+    iterate_directly,
     loader_options,
     log_sample_error,
     pass_batches_on,
@@ -38,6 +39,7 @@ from diffusion_data.energon_loaders import (
     use_pinned_memory,
 )
 from diffusion_data.errors import UserError
+from diffusion_data.late_reading import set_read_ahead
 from diffusion_data.loader_state import from_plain, refuse_changes, to_plain
 from diffusion_data.parallel_ranks import DataParallel, data_parallel, gradient_accumulation_steps
 
@@ -55,7 +57,10 @@ class DiffusionDataModule(LightningDataModule):
     pin_memory: page-locked batches, for faster copies to a GPU; without CUDA it makes no difference
     task_encoder: None for a BasicDiffusionTaskEncoder
     use_train_split_for_val: validate on the train split: one pass, in order
-    shuffle_buffer_size: samples a worker draws from at random; larger mixes better and needs more memory
+    shuffle_buffer_size: samples a worker draws from at random; larger mixes better. Of local datasets only numbers
+        are kept, so that it may be many thousands
+    read_ahead: samples read before they are wanted, by as many threads a worker; 0 reads them when they are. More of
+        them help a disk or network that is slow to answer. Has no effect on the order
     virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
         that each worker gives equally many and the last step of the optimizer is a full one
     seed: of the order of samples
@@ -73,6 +78,7 @@ class DiffusionDataModule(LightningDataModule):
         task_encoder: BasicDiffusionTaskEncoder | None = None,
         use_train_split_for_val: bool = False,
         shuffle_buffer_size: int = 100,
+        read_ahead: int = 4,
         virtual_epoch_length: int | None = None,
         seed: int = 0,
         parallel: DataParallel | None = None,
@@ -80,6 +86,8 @@ class DiffusionDataModule(LightningDataModule):
         super().__init__()
         if shuffle_buffer_size < 1 or (virtual_epoch_length is not None and virtual_epoch_length < 1):
             raise UserError("shuffle_buffer_size and virtual_epoch_length must be at least 1")
+        if read_ahead < 0:
+            raise UserError(f"read_ahead must not be negative, got {read_ahead}")
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.path = path
         self.seq_length = seq_length
@@ -90,6 +98,7 @@ class DiffusionDataModule(LightningDataModule):
         self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
         self.use_train_split_for_val = use_train_split_for_val
         self.shuffle_buffer_size = shuffle_buffer_size
+        self.read_ahead = read_ahead
         self.virtual_epoch_length = virtual_epoch_length
         self.seed = seed
         self.parallel = parallel
@@ -192,6 +201,7 @@ class DiffusionDataModule(LightningDataModule):
             max_samples_per_sequence=None,
             task_encoder=self.task_encoder,
         )
+        set_read_ahead(dataset, self.read_ahead)
         loader = SavableDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         saved, self._saved = self._saved, None
@@ -208,6 +218,7 @@ class DiffusionDataModule(LightningDataModule):
             batch_size=self.micro_batch_size,
             task_encoder=self.task_encoder,
         )
+        set_read_ahead(dataset, self.read_ahead)
         loader = BasicDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         return loader
@@ -216,6 +227,7 @@ class DiffusionDataModule(LightningDataModule):
         use_pinned_memory(loader, self.pin_memory)
         if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
             pass_batches_on(loader)
+        iterate_directly(loader)
 
     def _ensure_set_up(self) -> None:
         if self.seq_length is None or self.task_encoder.seq_length != self.seq_length:

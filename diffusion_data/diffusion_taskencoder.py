@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
     SavableDataset,
+    TaskEncoder,
     WorkerConfig,
     basic_sample_keys,
     stateless,
@@ -35,17 +38,16 @@ from megatron.energon.metadataset.loader_interface import LoadedDataset
 from megatron.energon.wrappers import EpochizeDataset, RepeatDataset
 
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
-from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
-from diffusion_data.latent_sample import LatentSample, all_finite, largest_magnitude
+from diffusion_data.late_reading import read_late, shuffled
+from diffusion_data.latent_sample import LatentSample, largest_magnitude
 from diffusion_data.patchify import is_divisible, patchify_into, sequence_length
 from diffusion_data.safe_decoder import BadPart, SafeDecoder
-from diffusion_data.sample_reader import read_plainly
 from diffusion_data.skip_counts import SkipCounts, SkipReason, StopWhenAllSkipped
+from diffusion_data.text_conversion import convert_finite
 
 MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
 PICTURE_FPS = 30.0  # a picture has no frame rate; models were trained with this number in its place
-_ROWS_AT_A_TIME = 128  # of a text: what lies between float16 and bfloat16 stays in the cache
 _ASSUMED_TEMPORAL_COMPRESSION = 8  # only for videos whose json doesn't say how many frames they had
 
 
@@ -67,6 +69,8 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
 
     cookers = (Cooker(cook),)
     decoder = SafeDecoder()
+
+    encode_batch = TaskEncoder.encode_batch  # that of DefaultTaskEncoder, which does nothing either, costs a stage
 
     def __init__(
         self,
@@ -108,10 +112,10 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     def encode_sample(self, sample: CookedSample) -> DiffusionSample:
         stored = self._read(sample)
         latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
-        text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
+        text = stored.text_embedding[: self.text_embedding_padding_size]
         length = self._checked_length(stored, latent, text)
         text_and_room = torch.empty(self.text_embedding_padding_size, text.shape[1], dtype=torch.bfloat16)
-        if not _convert_finite(text_and_room, text):
+        if not convert_finite(text_and_room, text):
             raise self.skips.skip(stored.key, SkipReason.not_finite, "the text holds NaN or infinity")
         metadata = stored.metadata
         encoded = DiffusionSample.derive_from(
@@ -147,7 +151,7 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             raise self.skips.skip(sample.__key__, SkipReason.unreadable, str(error)) from error
         return stored
 
-    def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> int:
+    def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: np.ndarray) -> int:
         """Patches of the latent; skips what can't be trained on."""
         key, shape = stored.key, tuple(latent.shape)
         score = stored.metadata.get("aesthetic_score")
@@ -190,22 +194,15 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             if patches < length:
                 video[row, patches:] = 0
                 positions[row, patches:] = 0
-        patches_of = torch.tensor([sample.seq_len_q for sample in samples], dtype=torch.int32)
-        tokens_of = torch.tensor([sample.seq_len_kv for sample in samples], dtype=torch.int32)
+        values = _per_sample_values(samples)
         batch: dict[str, Any] = {
             "video": video,
             "t5_text_embeddings": text,
-            "t5_text_mask": _mask(tokens_of, text.shape[1]),
-            "loss_mask": _mask(patches_of, length),
+            "t5_text_mask": _mask(values["seq_len_kv"], text.shape[1]),
+            "loss_mask": _mask(values["seq_len_q"], length),
             "pos_ids": positions,
-            "seq_len_q": patches_of,
-            "seq_len_kv": tokens_of,
+            **values,
         }
-        batch["image_size"] = torch.tensor([s.image_size * 2 for s in samples], dtype=torch.float32)
-        batch["fps"] = torch.tensor([s.fps for s in samples], dtype=torch.float32)
-        batch["num_frames"] = torch.tensor([s.num_frames for s in samples], dtype=torch.float32)
-        batch["latent_shape"] = torch.tensor([s.latent_shape for s in samples], dtype=torch.int32)
-        batch["__key__"] = [sample.__key__ for sample in samples]
         return batch
 
     def _load_dataset(
@@ -213,7 +210,7 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
     ) -> SavableDataset[Any]:
         loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
         if type(self.decoder) is SafeDecoder:  # another may want bytes
-            read_plainly(loaded)
+            read_late(loaded)
         return loaded
 
     def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
@@ -236,7 +233,7 @@ class BasicDiffusionTaskEncoder(DefaultTaskEncoder[CookedSample, DiffusionSample
             raise UserError("blends of several datasets can't be opened, only one dataset folder")
         stream = self._load_dataset(datasets[0], 0, worker_config)
         if shuffle_buffer_size is not None and shuffle_buffer_size > 1:
-            stream = EpochShuffle(stream, shuffle_buffer_size, worker_config=worker_config)
+            stream = shuffled(stream, shuffle_buffer_size, worker_config)
         if repeat:
             stream = RepeatDataset(stream, worker_config=worker_config)
         stream = self.build_encode_sample(stream, worker_config=worker_config)
@@ -281,22 +278,28 @@ def _widths(sample: DiffusionSample) -> _Widths:
     return _Widths(patch_spatial**2 * patch_temporal * sample.latent.shape[0], sample.text_and_room.shape[1])
 
 
+def _per_sample_values(samples: Sequence[DiffusionSample]) -> dict[str, Any]:
+    """What a batch holds once for each sample."""
+
+    def tensor(values: list[Any], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, dtype))  # torch.tensor takes several times as long
+
+    return {
+        "seq_len_q": tensor([sample.seq_len_q for sample in samples], np.int32),
+        "seq_len_kv": tensor([sample.seq_len_kv for sample in samples], np.int32),
+        "image_size": tensor([sample.image_size * 2 for sample in samples], np.float32),
+        "fps": tensor([sample.fps for sample in samples], np.float32),
+        "num_frames": tensor([sample.num_frames for sample in samples], np.float32),
+        "latent_shape": tensor([sample.latent_shape for sample in samples], np.int32),
+        "__key__": [sample.__key__ for sample in samples],
+    }
+
+
 def _mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
     """bfloat16 (B, longest): 1 for the first of each row."""
-    return (torch.arange(longest, dtype=torch.int32) < lengths[:, None]).to(torch.bfloat16)
+    return (_counting(longest) < lengths.unsqueeze(1)).to(torch.bfloat16)
 
 
-def _convert_finite(target: torch.Tensor, source: torch.Tensor) -> bool:
-    """Write float16 `source` to the first rows of bfloat16 `target`; False if a value is NaN or infinite.
-
-    Over float32, since torch converts one half to the other value by value, but both to and from float32 in vectors;
-    a few rows at a time, so that what lies between, and what is scanned, is in the cache.
-    """
-    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), source.shape[1])
-    for start in range(0, len(source), _ROWS_AT_A_TIME):
-        rows = source[start : start + _ROWS_AT_A_TIME]
-        written = target[start : start + len(rows)]
-        written.copy_(between[: len(rows)].copy_(rows))
-        if not all_finite(written):
-            return False
-    return True
+@lru_cache(maxsize=64)
+def _counting(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32)

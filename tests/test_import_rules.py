@@ -18,6 +18,7 @@ ONLINE = {
     "diffusion_taskencoder",
     "energon_loaders",
     "epoch_shuffle",
+    "late_reading",
     "loader_state",
     "parallel_ranks",
     "part_layouts",
@@ -26,6 +27,7 @@ ONLINE = {
     "sequence_packing",
     "shard_reader",
     "skip_counts",
+    "text_conversion",
 }
 SHARED = {"assets", "command_line", "errors", "latent_sample", "patchify"}
 
