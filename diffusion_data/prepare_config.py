@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.batching import BatchingConfig
 from diffusion_data.errors import UserError
 from diffusion_data.media import MediaConfig
 from diffusion_data.sources import SourceConfig

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from diffusion_data.batching import Budgets, fingerprint_fields, free_bytes
 from diffusion_data.command_line import options_to_dataclass, run
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
-from diffusion_data.fingerprint import files_digest, library_versions, module_digest
+from diffusion_data.fingerprint import fields_before, files_digest, library_versions, module_digest
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
@@ -48,6 +49,9 @@ from diffusion_data.summary import summary
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
+
+_ASSUMED_SIDE = 1024  # pixels, where media keep their size
+_ASSUMED_TOKENS = 80
 
 # Options that decide whether a row's media can be had, but not what comes of it.
 _WAYS_TO_FETCH = ("allowed_roots", "allowed_hosts", "fetch_timeout_seconds", "fetch_retries", "max_fetch_bytes")
@@ -110,6 +114,7 @@ class _Job:
     shards: list[Shard]
     todo: list[Shard]
     ledger: Ledger
+    budgets: Budgets
 
 
 def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Job:
@@ -118,13 +123,17 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Jo
     _set_up_torch(device)
     source = _open_source(config, ranks)
     encoders = encoders or load_encoders(config, device)
-    shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+    shards = plan_shards(
+        source.num_rows, config.samples_per_shard, config.split_ratio, _estimated_sample_bytes(config, encoders)
+    )
     output_dir = Path(config.output_dir)
     if ranks.rank == 0:
         folder = RunFolder(output_dir)
-        ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
+        before = fields_before(folder.run / "fingerprint.json").get("batching")
+        budgets = config.batching.budgets(free_bytes(device), before)
+        ledger = folder.open(_fingerprint(config, source, shards, encoders, budgets), asdict(config))
         todo = [shard.number for shard in folder.unfinished(shards, ledger, config.max_reject_rate)]
-        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint})
+        ranks.publish("plan", {"todo": todo, "fingerprint": ledger.fingerprint, "budgets": asdict(budgets)})
     plan = ranks.receive("plan")
     return _Job(
         encoders=encoders,
@@ -132,7 +141,17 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> _Jo
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
         ledger=Ledger(output_dir, plan["fingerprint"]),
+        budgets=Budgets(**plan["budgets"]),
     )
+
+
+def _estimated_sample_bytes(config: PrepareConfig, encoders: Encoders) -> int:
+    """Of a square picture, or of a clip of `media.num_frames`, with a caption of usual length."""
+    tokenizer = encoders.tokenizer
+    side = (config.media.short_side or _ASSUMED_SIDE) // tokenizer.spatial_compression
+    frames = 1 + ((config.media.num_frames or 1) - 1) // tokenizer.temporal_compression
+    values = tokenizer.latent_channels * frames * side**2 + _ASSUMED_TOKENS * encoders.text_encoder.embedding_dim
+    return 2 * values
 
 
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
@@ -221,7 +240,7 @@ def _row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecode
 
 
 def _fingerprint(
-    config: PrepareConfig, source: ParquetSource, shards: list[Shard], encoders: Encoders
+    config: PrepareConfig, source: ParquetSource, shards: list[Shard], encoders: Encoders, budgets: Budgets
 ) -> dict[str, Any]:
     """Everything that changes a shard's bytes. Not in it: ranks, workers, splits, where models are cached."""
     tokenizer, text_encoder = encoders.tokenizer, encoders.text_encoder
@@ -252,10 +271,7 @@ def _fingerprint(
             "dtype": str(text_encoder.dtype),
             "max_length": config.text_encoder.max_length,
         },
-        "batching": {
-            **asdict(config.batching),
-            "pixels_per_batch": config.batching.pixel_budget(tokenizer.device),
-        },
+        "batching": fingerprint_fields(budgets),
         "device": tokenizer.device.type,
     }
 
@@ -263,7 +279,7 @@ def _fingerprint(
 def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
-    pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
+    pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, job.budgets, threads)
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     shards = _claimed(ranks, job.todo)
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
