@@ -39,6 +39,7 @@ class EncodePipeline:
     """Both encoders on one device.
 
     num_threads: batches that a CPU encodes at a time, each in one thread; it changes no bit
+    compiled: full batches of frames go through torch.compile
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class EncodePipeline:
         text_encoder: T5TextEncoder,
         budgets: Budgets,
         num_threads: int = 0,
+        compiled: bool = False,
     ) -> None:
         self.text_encoder = text_encoder
         self.budgets = budgets
-        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads)
+        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads, budgets.pixels if compiled else None)
 
     def run(self, results: Iterable[tuple[Shard, DecodedRow | RejectedRow]]) -> Iterator[EncodedShard]:
         """Encode one shard's rows after the other's; yields a shard once its last row was taken."""

@@ -18,11 +18,14 @@ class TokenizerConfig:
     """name: a bundled tokenizer (tiny-cosmos), a name on the Hugging Face hub, or a folder.
 
     dtype: of the computation: float32, bfloat16, or auto, which is bfloat16 on CUDA and float32 on a CPU
+    compile: full batches, each shape of them once, by torch.compile. That takes up to minutes a shape and rank, so it
+        pays for long runs of few shapes (media.resize=buckets); what doesn't fill a batch isn't compiled
     """
 
     name: str
     cache_dir: str | None = None
     dtype: str = "auto"
+    compile: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

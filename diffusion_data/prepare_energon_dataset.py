@@ -265,7 +265,11 @@ def _fingerprint(
         "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
         "versions": library_versions(),
         "resampler": resampler(),
-        "tokenizer": {"files_sha256": files_digest(tokenizer.weight_files), "dtype": str(tokenizer.dtype)},
+        "tokenizer": {
+            "files_sha256": files_digest(tokenizer.weight_files),
+            "dtype": str(tokenizer.dtype),
+            "compile": config.tokenizer.compile,
+        },
         "text_encoder": {
             "files_sha256": files_digest(text_encoder.weight_files),
             "dtype": str(text_encoder.dtype),
@@ -279,7 +283,8 @@ def _fingerprint(
 def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
-    pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, job.budgets, threads)
+    encoders, compiled = job.encoders, config.tokenizer.compile
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     shards = _claimed(ranks, job.todo)
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))

@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encode-threads", type=int, help="on a CPU")
     parser.add_argument("--pixels-per-batch", type=int)
     parser.add_argument("--tokens-per-batch", type=int)
+    parser.add_argument("--compile", action="store_true", help="tokenizer.compile")
     parser.add_argument("--only-job", action="store_true", help="no ceilings and no original: for measuring memory")
     parser.add_argument("--json", type=Path, default=Path("bench_prepare.json"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the starter, in torchrun's processes
@@ -187,7 +188,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         seed=0,
         max_reject_rate=0.0,
         media=MediaConfig(short_side=arguments.pixels),
-        tokenizer=TokenizerConfig(name=arguments.tokenizer),
+        tokenizer=TokenizerConfig(name=arguments.tokenizer, compile=arguments.compile),
         text_encoder=TextEncoderConfig(name=arguments.text_encoder),
         batching=BatchingConfig(**{name: value for name, value in given.items() if value is not None}),
         device=arguments.device,
@@ -212,8 +213,9 @@ def ceilings(arguments: argparse.Namespace, encoders: Encoders, folder: Path) ->
     captions = pq.read_table(folder / "rows.parquet", columns=["caption"])["caption"].to_pylist()
     tokens = encoders.text_encoder.tokenize(list(dict.fromkeys(captions[:512])))
     batches = list(batches_by_length([len(each) for each in tokens], budgets.tokens))
+    compiled = budgets.pixels if arguments.compile else None
     torch.set_num_threads(1)
-    with BatchEncoder(encoders.tokenizer, encoders.text_encoder, threads) as encoder:
+    with BatchEncoder(encoders.tokenizer, encoders.text_encoder, threads, compiled) as encoder:
 
         def run_tokenizer() -> tuple[int, list[Any]]:
             rounds = 2 * max(threads, 1)

@@ -159,3 +159,17 @@ def test_a_latent_that_is_not_finite_rejects_its_row_alone(
     assert [isinstance(result, LatentSample) for result in results] == [True, False, True]
     assert isinstance(results[1], RejectedRow)
     assert results[1].reason is Reason.non_finite_latent
+
+
+def test_only_full_batches_are_compiled(
+    tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest comes in too many sizes. Which are full follows from the rows and the budget alone."""
+    monkeypatch.setattr(tokenizer, "encode_compiled", tokenizer.encode)  # compiling takes a minute
+    compiled = Recorder(monkeypatch, tokenizer, "encode_compiled")
+    plain = Recorder(monkeypatch, tokenizer, "encode")
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=3 * 32 * 32, tokens=4096), compiled=True)
+    rows = [*(decoded(row) for row in range(5)), decoded(5, width=48)]
+    list(one_shard(pipeline.run((SHARD, row) for row in rows)).samples())
+    assert compiled.batches == [(3, 1, 32, 32, 3)]
+    assert sorted(plain.batches) == [(1, 1, 32, 48, 3), (2, 1, 32, 32, 3)]
