@@ -54,6 +54,7 @@ from diffusion_data.energon_metadata import write_energon_metadata
 from diffusion_data.latent_sample import LatentSample, build_metadata, sample_key
 
 SHUFFLE_BUFFER = 100
+READ_AHEAD = 4  # the default
 TEXT_LENGTH = 512
 TEXT_WIDTH = 1024  # of T5-11B, which DiTs are made for
 READ_BLOCK = 8 << 20
@@ -147,7 +148,7 @@ def energon_loader(path: Path, encoder: DefaultTaskEncoder, batch_size: int | No
 
 
 def datamodule_batches(
-    path: Path, case: Case, batch_size: int, workers: int, read_ahead: int | None = None
+    path: Path, case: Case, batch_size: int, workers: int, read_ahead: int = READ_AHEAD
 ) -> Iterator[Any]:
     module = DiffusionDataModule(
         path,
@@ -156,7 +157,7 @@ def datamodule_batches(
         global_batch_size=batch_size,
         num_workers=workers,
         shuffle_buffer_size=SHUFFLE_BUFFER,
-        **({} if read_ahead is None else {"read_ahead": read_ahead}),
+        read_ahead=read_ahead,
     )
     loader = module.train_dataloader()
     while True:
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="of each dataset, and of each measurement")
     parser.add_argument("--samples-per-shard", type=int, default=100)
     parser.add_argument("--batch", type=int, default=1, help="samples of a micro batch")
-    parser.add_argument("--read-ahead", type=int, help="of the DataModule; default: its own")
+    parser.add_argument("--read-ahead", type=int, default=READ_AHEAD, help="of the DataModule")
     parser.add_argument(
         "--read-latency-ms", type=float, default=0, help="each read of the DataModule waits so long first"
     )
