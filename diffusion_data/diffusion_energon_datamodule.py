@@ -26,6 +26,7 @@ from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.energon_loaders import (
     TrainLoader,
     ValLoader,
+    iterate_directly,
     loader_options,
     log_sample_error,
     pass_batches_on,
@@ -41,6 +42,7 @@ from diffusion_data.epoch_length import (
     mean_share_of_sequence,
 )
 from diffusion_data.errors import UserError
+from diffusion_data.late_reading import set_read_ahead
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
 from diffusion_data.loader_state import to_plain
 from diffusion_data.packing import agreed, refuse_unfit_packing
@@ -71,7 +73,10 @@ class DiffusionDataModule(LightningDataModule):
     pin_memory: page-locked batches, for faster copies to a GPU; without CUDA it makes no difference
     task_encoder: None for a BasicDiffusionTaskEncoder
     use_train_split_for_val: validate on the train split: one pass, in order
-    shuffle_buffer_size: samples a worker draws from at random; larger mixes better and needs more memory
+    shuffle_buffer_size: samples a worker draws from at random; larger mixes better. Of local datasets only numbers
+        are kept, so that it may be many thousands
+    read_ahead: samples read before they are wanted, by as many threads a worker; 0 reads them when they are. More of
+        them help a disk or network that is slow to answer. Has no effect on the order
     virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
         that each worker gives equally many and the last step of the optimizer is a full one
     max_seq_length: patches of a packed sequence; together with packing_buffer_size it turns packing on
@@ -96,6 +101,7 @@ class DiffusionDataModule(LightningDataModule):
         task_encoder: BasicDiffusionTaskEncoder | None = None,
         use_train_split_for_val: bool = False,
         shuffle_buffer_size: int = 100,
+        read_ahead: int = 4,
         virtual_epoch_length: int | None = None,
         max_seq_length: int | None = None,
         packing_buffer_size: int | None = None,
@@ -117,6 +123,8 @@ class DiffusionDataModule(LightningDataModule):
                 "repeat=False makes epochs of one pass, whose batches have to be counted beforehand: it goes neither "
                 "with virtual_epoch_length nor with max_seq_length or bucket_by_shape; with these, leave it out"
             )
+        if read_ahead < 0:
+            raise UserError(f"read_ahead must not be negative, got {read_ahead}")
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.path = path
         self.seq_length = seq_length
@@ -127,6 +135,7 @@ class DiffusionDataModule(LightningDataModule):
         self.task_encoder = task_encoder
         self.use_train_split_for_val = use_train_split_for_val
         self.shuffle_buffer_size = shuffle_buffer_size
+        self.read_ahead = read_ahead
         self.virtual_epoch_length = virtual_epoch_length
         self.max_seq_length = max_seq_length
         self.packing_buffer_size = packing_buffer_size
@@ -241,6 +250,7 @@ class DiffusionDataModule(LightningDataModule):
             task_encoder=self.task_encoder,
             repeat=self.repeat,
         )
+        set_read_ahead(dataset, self.read_ahead)
         length = settings["virtual_epoch_length"]
         if not self.repeat:
             share = length // max(1, config.num_workers)
@@ -277,6 +287,7 @@ class DiffusionDataModule(LightningDataModule):
             packing_buffer_size=self.packing_buffer_size,
             task_encoder=self.task_encoder,
         )
+        set_read_ahead(dataset, self.read_ahead)
         loader = BasicDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         return loader
@@ -290,6 +301,7 @@ class DiffusionDataModule(LightningDataModule):
         use_pinned_memory(loader, self.pin_memory)
         if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
             pass_batches_on(loader)
+        iterate_directly(loader)
 
     def _ensure_set_up(self) -> None:
         encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known

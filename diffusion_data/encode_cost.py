@@ -11,8 +11,9 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.encode_pipeline import BatchingConfig, batches_by_length
+from diffusion_data.encode_pipeline import batches_by_length
 from diffusion_data.errors import UserError
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
@@ -23,14 +24,14 @@ _SECONDS = 15.0  # for the tokenizer, and as many for the text encoder
 class EncodeCost:
     """Device seconds on a GPU, CPU seconds of one thread on a CPU.
 
-    batching: the run's; a clip that is longer than a batch is tried with as many frames as fit
+    budgets: the run's; a clip that is longer than a batch is tried with as many frames as fit
     """
 
-    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, batching: BatchingConfig) -> None:
+    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, budgets: Budgets) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
-        self._tokens_per_batch = batching.tokens_per_batch
-        self._pixels_per_batch = batching.pixel_budget(tokenizer.device)
+        self._tokens_per_batch = budgets.tokens
+        self._pixels_per_batch = budgets.pixels
         self._batches: dict[tuple[int, int, int], list[np.ndarray]] = {}
         self._pixels: Counter[tuple[int, int, int]] = Counter()
         self._kept_pixels = 0

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.encode_cost import EncodeCost
-from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.row_decoder import DecodedRow, RejectedRow
 from diffusion_data.sources import ParquetSource, Row
 from diffusion_data.spread import coarse_to_fine
@@ -60,11 +60,11 @@ def make_forecast(
     workers: DecodeWorkers,
     tokenizer: CosmosTokenizer,
     text_encoder: T5TextEncoder,
-    batching: BatchingConfig,
+    budgets: Budgets,
 ) -> Forecast:
     """Decode rows from all over the source as the run does, and encode a few batches of them."""
     forecast = Forecast()
-    cost = EncodeCost(tokenizer, text_encoder, batching)
+    cost = EncodeCost(tokenizer, text_encoder, budgets)
     for _, result in workers.map((None, row) for row in _spread_rows(source)):
         forecast.looked_at += 1
         forecast.decode_seconds += result.seconds

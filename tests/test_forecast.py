@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.distributed import Ranks
 from diffusion_data.encode_cost import EncodeCost
-from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.errors import UserError
 from diffusion_data.forecast import Forecast, _places, make_forecast
 from diffusion_data.forecast_text import Machines, expected_bytes, forecast_text, seconds_per_row
@@ -76,7 +76,9 @@ def test_the_bytes_of_a_source_that_is_only_sampled_are_within_a_tenth(tmp_path:
     source = ParquetSource.open(config.source.path)
     shards = plan_shards(source.num_rows, 300, (1, 0, 0))
     with Ranks.connect() as ranks, _decode_workers(config, ranks, encoders.tokenizer) as workers:
-        forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
+        forecast = make_forecast(
+            source, workers, encoders.tokenizer, encoders.text_encoder, config.batching.budgets(None)
+        )
     assert forecast.looked_at == 384
     totals = prepare(config, encoders)
     assert totals is not None
@@ -113,7 +115,7 @@ def test_a_clip_longer_than_a_batch_is_tried_with_fewer_frames() -> None:
     cost = EncodeCost(
         CosmosTokenizer.from_pretrained("tiny-cosmos"),
         T5TextEncoder.from_pretrained("tiny-t5"),
-        BatchingConfig(pixels_per_batch=9 * 32 * 32),
+        Budgets(pixels=9 * 32 * 32, tokens=4096),
     )
     cost.add(np.zeros((41, 32, 32, 3), np.uint8), [1, 2])
     cost.add(np.zeros((1, 32, 32, 3), np.uint8), [1, 2])
@@ -124,7 +126,7 @@ def test_a_clip_longer_than_a_batch_is_tried_with_fewer_frames() -> None:
 
 def test_a_batch_that_memory_does_not_suffice_for_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = CosmosTokenizer.from_pretrained("tiny-cosmos")
-    cost = EncodeCost(tokenizer, T5TextEncoder.from_pretrained("tiny-t5"), BatchingConfig(pixels_per_batch=5 * 32 * 32))
+    cost = EncodeCost(tokenizer, T5TextEncoder.from_pretrained("tiny-t5"), Budgets(pixels=5 * 32 * 32, tokens=4096))
     for _ in range(5):
         cost.add(np.zeros((1, 32, 32, 3), np.uint8), [1, 2])
     tried, encode, limit = [], tokenizer.encode, 2

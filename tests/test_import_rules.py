@@ -26,6 +26,7 @@ ONLINE = {
     "fake_latents",
     "fake_loader",
     "latent_scaling",
+    "late_reading",
     "loader_state",
     "packed_layout",
     "packing",
@@ -42,6 +43,7 @@ ONLINE = {
     "shared_counts",
     "skip_counts",
     "testing",
+    "text_conversion",
     "text_dropout",
     "training_stream",
 }

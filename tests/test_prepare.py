@@ -19,8 +19,8 @@ import torch
 import yaml
 from PIL import Image
 
+from diffusion_data.batching import BatchingConfig
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import LatentSample
 from diffusion_data.media import MediaConfig, MediaLoader
