@@ -6,6 +6,7 @@ overlap. On a CPU batches run in threads, each batch wholly in one of them, so t
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,12 +30,21 @@ class BatchEncoder:
     """Both encoders on one device; a context manager, whose threads end with it.
 
     num_threads: on a CPU; 0 encodes in the caller's thread, as a GPU does
+    compile_full_batches: of so many pixels that another sample would exceed them; None compiles nothing. Smaller ones,
+        the last of a shard, come in too many sizes
     """
 
-    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, num_threads: int) -> None:
+    def __init__(
+        self,
+        tokenizer: CosmosTokenizer,
+        text_encoder: T5TextEncoder,
+        num_threads: int,
+        compile_full_batches: int | None = None,
+    ) -> None:
         self.device = tokenizer.device
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
+        self._compile_full_batches = compile_full_batches
         self._num_threads = 0 if self.device.type == "cuda" else num_threads
         self._threads: ThreadPoolExecutor | None = None
         self._running: deque[Future[Any]] = deque()
@@ -120,8 +130,15 @@ class BatchEncoder:
     def _frames(self, batch: list[np.ndarray], record: BatchRecord) -> Sequence[torch.Tensor]:
         frames = self._to_device(torch.from_numpy(np.stack(batch)))
         with record.times.busy("tokenizer", self.device):
-            latents = self._tokenizer.encode(frames)
+            encode = self._tokenizer.encode_compiled if self._is_full(frames.shape) else self._tokenizer.encode
+            latents = encode(frames)
         return self._to_host(latents).unbind()
+
+    def _is_full(self, shape: torch.Size) -> bool:
+        """A batch that was halved for lack of memory is none either."""
+        size, *pixels, _ = shape
+        budget = self._compile_full_batches
+        return budget is not None and (size + 1) * math.prod(pixels) > budget
 
     def _tokens(self, batch: list[list[int]], record: BatchRecord) -> Sequence[torch.Tensor]:
         with record.times.busy("text_encoder", self.device):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from diffusion_data.torchscript_weights import read_torchscript_weights
 
 Network = Any
 """diffusers' AutoencoderKLCosmos: untyped, and imported only when one is built."""
+
+_MOST_SHAPES = 1000  # that are compiled
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 LAYOUTS = (
@@ -113,15 +116,32 @@ class CosmosTokenizer:
             network = _new_network(PUBLISHED_CONFIGS[variant])
         return cls(network, f"random-{variant}", [], device, dtype)
 
-    @torch.inference_mode()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """frames uint8 (B, T, H, W, 3) on any device -> latents bfloat16 (B, 16, t, h, w) on this device."""
+        return self._encode(frames, self._latents)
+
+    def encode_compiled(self, frames: torch.Tensor) -> torch.Tensor:
+        """As `encode` but for rounding, by torch.compile for this very shape, whose first batch may take minutes."""
+        return self._encode(frames, self._compiled)
+
+    @torch.inference_mode()
+    def _encode(self, frames: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         self._check_frames(frames)
         pixels = scale_pixels(frames.to(self.device, non_blocking=True), self.dtype)
-        if frames.shape[1] == 1:
-            return self.picture_encoder(pixels[:, :, 0])[:, :, None].to(torch.bfloat16)
-        with _PoolsInFloat32() if self.device.type == "cpu" else contextlib.nullcontext():
-            return self.network.encode(pixels).latent_dist.mode().to(torch.bfloat16)
+        with _PoolsInFloat32() if self.device.type == "cpu" and frames.shape[1] > 1 else contextlib.nullcontext():
+            return network(pixels).to(torch.bfloat16)
+
+    def _latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.shape[2] == 1:
+            return self.picture_encoder(pixels[:, :, 0])[:, :, None]
+        return self.network.encode(pixels).latent_dist.mode()
+
+    @cached_property
+    def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Compiled anew for each shape; without torch's limit, beyond which it would go on uncompiled."""
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return torch.compile(self._latents, dynamic=False)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Each worker has its own pipe and its own thread here: a worker that dies, at wha
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ _RUN_AHEAD_BYTES = 2 << 30  # of decoded frames waiting in this process
 _ROWS_HELD = 2  # by a worker: the one in work, and the one that it goes on with
 _TRIES = 2  # of a row whose worker died: the machine may have been short of memory just then
 _START_TRIES = 3  # of a worker
+_SECONDS_OF_ONE_WAIT = 1.0
 
 Tag = TypeVar("Tag")
 Decoder = Callable[[Row], "DecodedRow | RejectedRow"]
@@ -108,7 +110,7 @@ class _Attendant(threading.Thread):
         self.ready = threading.Event()  # it works, or has failed
         self._held: deque[tuple[int, Row]] = deque()  # the first is the one in work
         self._num_sent = 0  # of them, to this worker
-        self._since = 0.0  # when work on it began
+        self._waited_seconds = 0.0  # for it
         self._deaths = 0  # that it has cost
 
     def run(self) -> None:
@@ -145,7 +147,7 @@ class _Attendant(threading.Thread):
             self._num_sent += 1
         elif not self._held:
             self._held.append(self._exchange.take())
-            self._since = time.monotonic()
+            self._waited_seconds = 0.0
             if worker.has_something(0):  # it owes nothing: it died while it had nothing to do
                 worker.end()
                 self._start_worker()
@@ -155,10 +157,17 @@ class _Attendant(threading.Thread):
             self._receive(worker)
 
     def _receive(self, worker: WorkerProcess) -> None:
-        left = None if self._timeout_seconds is None else self._since + self._timeout_seconds - time.monotonic()
-        if worker.has_something(None if left is None else max(0.0, left)):
+        timeout = math.inf if self._timeout_seconds is None else self._timeout_seconds
+        wait_seconds = min(timeout - self._waited_seconds, _SECONDS_OF_ONE_WAIT)
+        began = time.monotonic()
+        if worker.has_something(wait_seconds):
             number = self._held[0][0]
             self._finish(worker.receive(functools.partial(self._exchange.admit, number)))
+            return
+        # A wait that took far too long was a stop of this process, its workers with it: no row runs out of time then.
+        if time.monotonic() - began < wait_seconds + _SECONDS_OF_ONE_WAIT:
+            self._waited_seconds += wait_seconds
+        if self._waited_seconds < timeout:
             return
         worker.kill()
         worker.end()
@@ -185,7 +194,7 @@ class _Attendant(threading.Thread):
                 end = self._worker.end()
                 continue
             self._num_sent = 0
-            self._since = time.monotonic()
+            self._waited_seconds = 0.0
             return
         self._exchange.check_open()
         raise UserError(f"decode workers can't be started: {_START_TRIES} died at once, the last one: {end}")
@@ -206,5 +215,5 @@ class _Attendant(threading.Thread):
         number, _ = self._held.popleft()
         self._num_sent -= 1
         self._deaths = 0
-        self._since = time.monotonic()
+        self._waited_seconds = 0.0
         self._exchange.finish(number, result)

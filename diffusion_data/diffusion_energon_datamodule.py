@@ -11,6 +11,7 @@ with, or as many workers in total on another number of ranks; see docs/training_
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.energon_loaders import (
     TrainLoader,
     ValLoader,
+    iterate_directly,
     loader_options,
     log_sample_error,
     pass_batches_on,
@@ -40,16 +42,18 @@ from diffusion_data.epoch_length import (
     mean_share_of_sequence,
 )
 from diffusion_data.errors import UserError
+from diffusion_data.late_reading import set_read_ahead
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
 from diffusion_data.loader_state import to_plain
-from diffusion_data.packing import refuse_unfit_packing
+from diffusion_data.packing import agreed, refuse_unfit_packing
 from diffusion_data.parallel_ranks import (
     DataParallel,
+    can_gather,
     data_parallel,
     gather_from_ranks,
     gradient_accumulation_steps,
 )
-from diffusion_data.redistribution import fitted_state
+from diffusion_data.redistribution import fitted_state, rescale_batches
 from diffusion_data.text_dropout import read_empty_caption
 from diffusion_data.training_stream import WholePasses
 
@@ -69,7 +73,10 @@ class DiffusionDataModule(LightningDataModule):
     pin_memory: page-locked batches, for faster copies to a GPU; without CUDA it makes no difference
     task_encoder: None for a BasicDiffusionTaskEncoder
     use_train_split_for_val: validate on the train split: one pass, in order
-    shuffle_buffer_size: samples a worker draws from at random; larger mixes better and needs more memory
+    shuffle_buffer_size: samples a worker draws from at random; larger mixes better. Of local datasets only numbers
+        are kept, so that it may be many thousands
+    read_ahead: samples read before they are wanted, by as many threads a worker; 0 reads them when they are. More of
+        them help a disk or network that is slow to answer. Has no effect on the order
     virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
         that each worker gives equally many and the last step of the optimizer is a full one
     max_seq_length: patches of a packed sequence; together with packing_buffer_size it turns packing on
@@ -94,6 +101,7 @@ class DiffusionDataModule(LightningDataModule):
         task_encoder: BasicDiffusionTaskEncoder | None = None,
         use_train_split_for_val: bool = False,
         shuffle_buffer_size: int = 100,
+        read_ahead: int = 4,
         virtual_epoch_length: int | None = None,
         max_seq_length: int | None = None,
         packing_buffer_size: int | None = None,
@@ -106,12 +114,17 @@ class DiffusionDataModule(LightningDataModule):
         super().__init__()
         if shuffle_buffer_size < 1 or (virtual_epoch_length is not None and virtual_epoch_length < 1):
             raise UserError("shuffle_buffer_size and virtual_epoch_length must be at least 1")
+        task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        max_seq_length = agreed("max_seq_length", max_seq_length, task_encoder.max_seq_length)
+        bucket_by_shape = bucket_by_shape or task_encoder.bucket_by_shape
         refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
         if not repeat and (max_seq_length or bucket_by_shape or virtual_epoch_length):
             raise UserError(
                 "repeat=False makes epochs of one pass, whose batches have to be counted beforehand: it goes neither "
                 "with virtual_epoch_length nor with max_seq_length or bucket_by_shape; with these, leave it out"
             )
+        if read_ahead < 0:
+            raise UserError(f"read_ahead must not be negative, got {read_ahead}")
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.path = path
         self.seq_length = seq_length
@@ -119,9 +132,10 @@ class DiffusionDataModule(LightningDataModule):
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        self.task_encoder = task_encoder
         self.use_train_split_for_val = use_train_split_for_val
         self.shuffle_buffer_size = shuffle_buffer_size
+        self.read_ahead = read_ahead
         self.virtual_epoch_length = virtual_epoch_length
         self.max_seq_length = max_seq_length
         self.packing_buffer_size = packing_buffer_size
@@ -130,10 +144,11 @@ class DiffusionDataModule(LightningDataModule):
         self.seed = seed
         self.parallel = parallel
         self.device_mesh = device_mesh
+        self._own_multiple = task_encoder.length_multiple
         self._is_set_up = False
         self._source: DatasetSource | None = None
         self._train: TrainLoader | None = None
-        self._finite: list[ValLoader] = []
+        self._finite: dict[str, ValLoader] = {}
         self._train_config: WorkerConfig | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -157,16 +172,13 @@ class DiffusionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Check the dataset and settle what the task encoder has to know of it and of the ranks."""
-        asked, encoder = self.seq_length, self.task_encoder
-        if asked is not None and encoder.seq_length not in (None, asked):
-            raise UserError(f"seq_length={asked}, but the task encoder was made with {encoder.seq_length}")
+        encoder = self.task_encoder
+        length = agreed("seq_length", self.seq_length, encoder.seq_length)
         encoder.max_seq_length, encoder.bucket_by_shape = self.max_seq_length, self.bucket_by_shape
-        encoder.length_multiple = self._parallel().length_multiple
-        if asked is None:
-            asked = encoder.seq_length
-            if asked is None and self.max_seq_length is None and not self.bucket_by_shape:
-                asked = longest_of_dataset(self.source, encoder)
-        self.seq_length = encoder.seq_length = asked
+        encoder.length_multiple = self._length_multiple()
+        if length is None and self.max_seq_length is None and not self.bucket_by_shape:
+            length = longest_of_dataset(self.source, encoder)
+        self.seq_length = encoder.seq_length = length
         if encoder.text_dropout > 0 and encoder.empty_text is None:
             encoder.empty_text = read_empty_caption(self.source.folders)
         if encoder.latent_scaling == PER_CHANNEL and encoder.scaling is None:
@@ -198,12 +210,13 @@ class DiffusionDataModule(LightningDataModule):
         return self._finite_loader("test")
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the workers. The place in the training stream is kept for the next loader or checkpoint."""
-        for loader in self._finite:
+        """End the workers. The place in the training stream is kept for the next loader or checkpoint, unless it is
+        that of several ranks without a process group."""
+        for loader in self._finite.values():
             loader.close()
         self._finite.clear()
         if self._train is not None:
-            self._saved = self.state_dict()
+            self._saved = self.state_dict() if can_gather(self._parallel()) else None
             self._train.close()
             self._train = self._train_config = None
 
@@ -222,7 +235,10 @@ class DiffusionDataModule(LightningDataModule):
 
     def _open_train(self, config: WorkerConfig) -> TrainLoader:
         settings = self._stream_settings(config)
-        saved = None if self._saved is None else fitted_state(self._saved, settings)
+        saved = None
+        if self._saved is not None:
+            saved = fitted_state(self._saved, settings)
+            rescale_batches(self.trainer, self._saved["settings"], settings)
         dataset = get_train_dataset(
             self.source.spec,
             split_part="train",
@@ -234,9 +250,11 @@ class DiffusionDataModule(LightningDataModule):
             task_encoder=self.task_encoder,
             repeat=self.repeat,
         )
+        set_read_ahead(dataset, self.read_ahead)
         length = settings["virtual_epoch_length"]
         if not self.repeat:
-            dataset = WholePasses(dataset, length // max(1, config.num_workers), worker_config=config)
+            share = length // max(1, config.num_workers)
+            dataset = WholePasses(dataset, share, self.task_encoder.skips, worker_config=config)
         loader = SavableDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         self._saved = None
@@ -255,9 +273,10 @@ class DiffusionDataModule(LightningDataModule):
         if self.max_seq_length is None and not self.bucket_by_shape:
             length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
         make = partial(self._open_finite, split, config)
-        loader = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
-        self._finite.append(loader)
-        return loader
+        if split in self._finite:
+            self._finite[split].close()
+        self._finite[split] = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
+        return self._finite[split]
 
     def _open_finite(self, split: str, config: WorkerConfig) -> Any:
         dataset = get_val_dataset(
@@ -268,6 +287,7 @@ class DiffusionDataModule(LightningDataModule):
             packing_buffer_size=self.packing_buffer_size,
             task_encoder=self.task_encoder,
         )
+        set_read_ahead(dataset, self.read_ahead)
         loader = BasicDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         return loader
@@ -281,14 +301,18 @@ class DiffusionDataModule(LightningDataModule):
         use_pinned_memory(loader, self.pin_memory)
         if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
             pass_batches_on(loader)
+        iterate_directly(loader)
 
     def _ensure_set_up(self) -> None:
         encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known
         told = (encoder.seq_length, encoder.max_seq_length, encoder.bucket_by_shape, encoder.length_multiple)
-        if told != (self.seq_length, self.max_seq_length, self.bucket_by_shape, self._parallel().length_multiple):
+        if told != (self.seq_length, self.max_seq_length, self.bucket_by_shape, self._length_multiple()):
             self._is_set_up = False
         if not self._is_set_up:
             self.setup()
+
+    def _length_multiple(self) -> int:
+        return math.lcm(self._own_multiple, self._parallel().length_multiple)
 
     def _parallel(self) -> DataParallel:
         return self.parallel or data_parallel(self.trainer, self.device_mesh)

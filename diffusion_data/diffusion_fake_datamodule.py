@@ -17,7 +17,7 @@ from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.fake_latents import FakeLatents
 from diffusion_data.fake_loader import BatchPlanner, FakeLoader
-from diffusion_data.packing import refuse_unfit_packing
+from diffusion_data.packing import agreed, refuse_unfit_packing
 from diffusion_data.parallel_ranks import DataParallel, data_parallel, gradient_accumulation_steps
 
 _CHANNELS = 16
@@ -58,9 +58,12 @@ class VideoLatentFakeDataModule(LightningDataModule):
         device_mesh: Any = None,
     ) -> None:
         super().__init__()
-        refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
         gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
         self.task_encoder = task_encoder or BasicDiffusionTaskEncoder()
+        max_seq_length = agreed("max_seq_length", max_seq_length, self.task_encoder.max_seq_length)
+        bucket_by_shape = bucket_by_shape or self.task_encoder.bucket_by_shape
+        refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
+        self._own_multiple = self.task_encoder.length_multiple
         if latent_shapes is None:
             most_patches = min(seq_length or self.task_encoder.seq_length or 2048, max_seq_length or 2**63)
             latent_shapes = self._shapes_that_fit(most_patches)
@@ -129,7 +132,7 @@ class VideoLatentFakeDataModule(LightningDataModule):
 
     def _loader(self, num_samples: int, seed: int, training: bool = False) -> FakeLoader:
         parallel = self._parallel()
-        self.task_encoder.length_multiple = parallel.length_multiple
+        self.task_encoder.length_multiple = math.lcm(self._own_multiple, parallel.length_multiple)
         dataset = FakeLatents(
             self.task_encoder,
             num_samples,

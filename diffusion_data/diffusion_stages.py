@@ -6,17 +6,17 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from megatron.energon import DefaultTaskEncoder, SavableDataset, WorkerConfig, stateless
+from megatron.energon import DefaultTaskEncoder, SavableDataset, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.wrappers import EpochizeDataset, MapDataset
 
 from diffusion_data.batch_layout import padded_batch
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
 from diffusion_data.errors import UserError
+from diffusion_data.late_reading import read_late
 from diffusion_data.packed_layout import PackedSample, packed_batch, rounded_up
-from diffusion_data.packing import QuietPacking
+from diffusion_data.packing import FullPacking
 from diffusion_data.safe_decoder import SafeDecoder
-from diffusion_data.sample_reader import read_plainly
 from diffusion_data.sequence_packing import pack_sequences
 from diffusion_data.shared_counts import PositionCounts
 from diffusion_data.skip_counts import SkipCounts, StopWhenAllSkipped
@@ -35,6 +35,8 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
     length_multiple: int
     text_dropout: float
     skips: SkipCounts
+
+    encode_batch = TaskEncoder.encode_batch  # that of DefaultTaskEncoder, which does nothing either, costs a stage
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
         **batching: Any,
     ) -> SavableDataset[Any]:
         if packing_buffer_size is not None:
-            dataset = QuietPacking(
+            dataset = FullPacking(
                 dataset,
                 buffer_size=packing_buffer_size,
                 pre_packer=self.select_samples_to_pack,
@@ -133,7 +135,7 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
     ) -> SavableDataset[Any]:
         loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
         if type(self.decoder) is SafeDecoder:  # another may want bytes
-            read_plainly(loaded)
+            read_late(loaded)
         return loaded
 
     def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:

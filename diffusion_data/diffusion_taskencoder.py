@@ -38,23 +38,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.energon import Cooker, basic_sample_keys, stateless
 
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
 from diffusion_data.diffusion_stages import DiffusionStages
 from diffusion_data.errors import UserError
-from diffusion_data.latent_sample import LatentSample, all_finite, largest_magnitude
+from diffusion_data.latent_sample import LatentSample, largest_magnitude
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
 from diffusion_data.patchify import is_divisible, sequence_length
 from diffusion_data.safe_decoder import BadPart, SafeDecoder
 from diffusion_data.sample_filters import parse_filters
 from diffusion_data.skip_counts import SkipCounts, SkipReason
+from diffusion_data.text_conversion import convert_finite
 
 MAX_MAGNITUDE = 1e3  # NeMo's bound; latents of a sound tokenizer stay far below
 TEXT_PADDINGS = ("fixed", "longest")
 PICTURE_FPS = 30.0  # a picture has no frame rate; models were trained with this number in its place
-_ROWS_AT_A_TIME = 128  # of a text: what lies between float16 and bfloat16 stays in the cache
 _ASSUMED_TEMPORAL_COMPRESSION = 8  # only for videos whose json doesn't say how many frames they had
 
 
@@ -168,10 +169,10 @@ class BasicDiffusionTaskEncoder(DiffusionStages):
     def encode_sample(self, sample: CookedSample) -> DiffusionSample:
         stored = self._read(sample)
         latent = stored.latent if self.max_frames is None else stored.latent[:, : self.max_frames]
-        text = torch.from_numpy(stored.text_embedding[: self.text_embedding_padding_size])
+        text = stored.text_embedding[: self.text_embedding_padding_size]
         length = self._checked_length(stored, latent, text)
         text_and_room = torch.empty(self._text_room(len(text)), text.shape[1], dtype=torch.bfloat16)
-        if not _convert_finite(text_and_room, text):
+        if not convert_finite(text_and_room, text):
             raise self.skips.skip(stored.key, SkipReason.not_finite, "the text holds NaN or infinity")
         if self.scaling is not None:
             latent = self.scaling.apply(latent)
@@ -209,7 +210,7 @@ class BasicDiffusionTaskEncoder(DiffusionStages):
             raise self.skips.skip(_place(sample), SkipReason.unreadable, str(error)) from error
         return stored
 
-    def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: torch.Tensor) -> int:
+    def _checked_length(self, stored: LatentSample, latent: torch.Tensor, text: np.ndarray) -> int:
         """Patches of the latent; skips what can't be trained on."""
         key, shape = stored.key, tuple(latent.shape)
         for bound in self.bounds:
@@ -250,19 +251,3 @@ def _pixel_frames(metadata: Mapping[str, Any], frames: int, stored_frames: int) 
     if metadata.get("num_frames"):
         compression = (float(metadata["num_frames"]) - 1) / (stored_frames - 1)
     return 1 + round(compression * (frames - 1))
-
-
-def _convert_finite(target: torch.Tensor, source: torch.Tensor) -> bool:
-    """Write float16 `source` to the first rows of bfloat16 `target`; False if a value is NaN or infinite.
-
-    Over float32, since torch converts one half to the other value by value, but both to and from float32 in vectors;
-    a few rows at a time, so that what lies between, and what is scanned, is in the cache.
-    """
-    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), source.shape[1])
-    for start in range(0, len(source), _ROWS_AT_A_TIME):
-        rows = source[start : start + _ROWS_AT_A_TIME]
-        written = target[start : start + len(rows)]
-        written.copy_(between[: len(rows)].copy_(rows))
-        if not all_finite(written):
-            return False
-    return True

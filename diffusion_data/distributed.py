@@ -62,7 +62,8 @@ class Ranks:
                 if int(os.environ.get(name, 1)) > 1:
                     raise UserError(f"{name}={os.environ[name]}: start several processes with torchrun")
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, store=HashStore())
-        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=30)))
+        with _lost_store_explained():
+            store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_OF_SILENCE)))
         ranks = cls(
             rank=rank,
             world_size=world_size,

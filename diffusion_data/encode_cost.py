@@ -11,8 +11,10 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.encode_pipeline import BatchingConfig, batches_by_length
+from diffusion_data.encode_pipeline import batches_by_length
+from diffusion_data.errors import UserError
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _BATCHES_KEPT = 16  # of all shapes: bounds memory
@@ -22,14 +24,14 @@ _SECONDS = 15.0  # for the tokenizer, and as many for the text encoder
 class EncodeCost:
     """Device seconds on a GPU, CPU seconds of one thread on a CPU.
 
-    batching: the run's; a clip that is longer than a batch is tried with as many frames as fit
+    budgets: the run's; a clip that is longer than a batch is tried with as many frames as fit
     """
 
-    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, batching: BatchingConfig) -> None:
+    def __init__(self, tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, budgets: Budgets) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
-        self._tokens_per_batch = batching.tokens_per_batch
-        self._pixels_per_batch = batching.pixel_budget(tokenizer.device)
+        self._tokens_per_batch = budgets.tokens
+        self._pixels_per_batch = budgets.pixels
         self._batches: dict[tuple[int, int, int], list[np.ndarray]] = {}
         self._pixels: Counter[tuple[int, int, int]] = Counter()
         self._kept_pixels = 0
@@ -79,8 +81,16 @@ class EncodeCost:
         return 1 + step * max(1, (self._pixels_per_batch // (height * width) - 1) // step)
 
     def _seconds_per_pixel(self, batch: Sequence[np.ndarray]) -> float:
+        """As the run does, it goes on with half a batch where memory doesn't suffice for the whole."""
         frames = torch.from_numpy(np.stack(batch))
-        return self._timed(partial(self._tokenizer.encode, frames), warm_up=True) / (frames.numel() // 3)
+        try:
+            return self._timed(partial(self._tokenizer.encode, frames), warm_up=True) / (frames.numel() // 3)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise UserError(
+                    f"{self._tokenizer.device} has too little memory for one sample of {tuple(batch[0].shape)} pixels"
+                ) from error
+        return self._seconds_per_pixel(batch[: (len(batch) + 1) // 2])
 
     def _timed(self, encode: Callable[[], object], warm_up: bool) -> float:
         """warm_up: run it once before, as kernels are chosen and memory is found in the first run of a shape."""

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
+from diffusion_data.batching import Budgets
 from diffusion_data.clips import LeftOut
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow, sample_metadata
-from diffusion_data.errors import Reason, UserError
+from diffusion_data.errors import Reason
 from diffusion_data.latent_sample import LatentSample, all_finite, sample_key
 from diffusion_data.shard_plan import Shard
 from diffusion_data.stage_times import StageTimes
@@ -35,43 +36,24 @@ _SHARDS_AHEAD = 2  # of the device; bounds memory
 _WAITING_BATCHES = 8  # batches' worth of pixels of all shapes that may wait to be filled up
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchingConfig:
-    """What is encoded at once; part of the fingerprint, since batching changes the low bits of a result.
-
-    pixels_per_batch: height x width x frames x samples; None is 16 pictures of 512 x 512 on a GPU, and 2 on a CPU,
-        which gains nothing by more and holds a batch for each of its threads
-    tokens_per_batch: captions x longest caption; a GPU is busy from about 1,000 on
-    """
-
-    pixels_per_batch: int | None = None
-    tokens_per_batch: int = 4096
-
-    def __post_init__(self) -> None:
-        if min(self.pixels_per_batch or 1, self.tokens_per_batch) < 1 or self.pixels_per_batch == 0:
-            raise UserError("batching: pixels_per_batch and tokens_per_batch are at least 1")
-
-    def pixel_budget(self, device: torch.device) -> int:
-        return self.pixels_per_batch or (16 if device.type == "cuda" else 2) * 512 * 512
-
-
 class EncodePipeline:
     """Both encoders on one device.
 
     num_threads: batches that a CPU encodes at a time, each in one thread; it changes no bit
+    compiled: full batches of frames go through torch.compile
     """
 
     def __init__(
         self,
         tokenizer: CosmosTokenizer,
         text_encoder: T5TextEncoder,
-        batching: BatchingConfig,
+        budgets: Budgets,
         num_threads: int = 0,
+        compiled: bool = False,
     ) -> None:
         self.text_encoder = text_encoder
-        self.batching = batching
-        self.pixel_budget = batching.pixel_budget(tokenizer.device)
-        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads)
+        self.budgets = budgets
+        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads, budgets.pixels if compiled else None)
 
     def run(self, results: Iterable[tuple[Shard, DecodedRow | RejectedRow]]) -> Iterator[EncodedShard]:
         """Encode one shard's rows after the other's; yields a shard once its last row was taken."""
@@ -109,7 +91,7 @@ class EncodePipeline:
             tokens = [self.text_encoder.cut(each) for each in uncut]
             num_cut = sum(len(each) > self.text_encoder.max_length for each in uncut)
         embeddings: dict[str, _Pending] = {}
-        for batch in batches_by_length([len(each) for each in tokens], self.batching.tokens_per_batch):
+        for batch in batches_by_length([len(each) for each in tokens], self.budgets.tokens):
             encoded = self.encoder.encode_tokens([tokens[index] for index in batch], record)
             embeddings.update((captions[index], _Pending(encoded, place)) for place, index in enumerate(batch))
         return embeddings, num_cut
@@ -188,7 +170,7 @@ class _ShardEncoding:
         same_shape.append(entry)
         pixels = frames * height * width
         self._waiting_pixels += pixels
-        budget = self._pipeline.pixel_budget
+        budget = self._pipeline.budgets.pixels
         if (len(same_shape) + 1) * pixels > budget:
             self._encode(shape)
         elif self._waiting_pixels > _WAITING_BATCHES * budget:

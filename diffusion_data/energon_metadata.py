@@ -116,10 +116,11 @@ def metadata_faults(dataset: Path, file_names: Iterable[str], full: bool) -> lis
         return None
     if {name for name in expected if not name.startswith(META_FOLDER)} != set(map(_index_name, file_names)):
         return None
-    faults = []
     folder = dataset / META_FOLDER
-    present = set(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else set()
-    for name in sorted({*expected, *(f"{META_FOLDER}/{each}" for each in present)}):
+    if folder.is_symlink() or not folder.is_dir():
+        return [f"{META_FOLDER}: missing, or not a folder"]
+    faults = []
+    for name in sorted({*expected, *(f"{META_FOLDER}/{each}" for each in os.listdir(folder))}):
         size = size_of_plain_file(dataset / name)
         if name not in expected:
             faults.append(f"{name}: not of this dataset's metadata")

@@ -21,15 +21,15 @@ class EpochShuffle(ShuffleBufferDataset[Any]):
         self._active_buffer.worker_start()
         if not self._emptying:
             # Also after a resume: the buffer may be full, and then gives before it takes.
-            while self._active_buffer.len_worker() >= self.size:
+            while len(self._active_buffer.buffer) >= self.size:
                 yield self._pop()
             for _ in self._active_buffer.append_iter():
-                if self._active_buffer.len_worker() >= self.size:
+                if len(self._active_buffer.buffer) >= self.size:
                     yield self._pop()
             self._emptying = True
-        while self._active_buffer.len_worker() > 0:
+        while len(self._active_buffer.buffer) > 0:
             yield self._pop()
         self._emptying = False
 
     def _pop(self) -> Any:
-        return self._active_buffer.pop(self._worker_rng.randbelow(self._active_buffer.len_worker()))
+        return self._active_buffer.pop(self._worker_rng.randbelow(len(self._active_buffer.buffer)))

@@ -79,6 +79,15 @@ def check_or_write_fingerprint(path: Path, fields: dict[str, Any]) -> None:
         )
 
 
+def fields_before(path: Path) -> dict[str, Any]:
+    """The fields in `path`; none if there is no such file, or one that `check_or_write_fingerprint` will refuse."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, plain value) of everything in nested dicts and lists."""
     if isinstance(value, dict):

@@ -1,7 +1,9 @@
 """plan=true: a look at rows spread over the source -> what the whole run will take and give. Nothing is written.
 
-rows at even distances ─ decode ─▶ sizes, captions, rejects ───────▶ Forecast, scaled to all rows
-                            └─ a batch of each shape ─ encode ─▶ seconds ──┘
+    rows at even distances ─ decode ─▶ sizes, captions, rejects ───────▶ Forecast
+                                └─ a batch of each shape ─ encode ─▶ seconds ──┘
+
+Bytes follow from the sizes that samples will have, times from batches like the run's.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.encode_cost import EncodeCost
-from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.sources import ParquetSource, Row
 from diffusion_data.spread import coarse_to_fine
 from diffusion_data.stored_size import latent_shape, stored_bytes
@@ -61,11 +63,11 @@ def make_forecast(
     workers: DecodeWorkers,
     tokenizer: CosmosTokenizer,
     text_encoder: T5TextEncoder,
-    batching: BatchingConfig,
+    budgets: Budgets,
 ) -> Forecast:
     """Decode rows from all over the source as the run does, and encode a few batches of them."""
     forecast = Forecast()
-    cost = EncodeCost(tokenizer, text_encoder, batching)
+    cost = EncodeCost(tokenizer, text_encoder, budgets)
     for _, result in workers.map((None, row) for row in _spread_rows(source)):
         forecast.looked_at += 1
         forecast.decode_seconds += result.seconds

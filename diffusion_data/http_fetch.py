@@ -92,11 +92,7 @@ class HttpFetcher:
                 with self.slots.hold(_host_of(target), deadline):
                     answer = self._answer(url, target, deadline)
             except NoSlot as error:
-                raise _Retryable(
-                    Reason.timeout,
-                    f"media.max_connections_per_host={self.slots.number} connections to {error} were busy "
-                    f"for media.fetch_timeout_seconds={self.timeout_seconds}",
-                ) from error
+                raise _Retryable(Reason.timeout, str(error)) from error
             if isinstance(answer, bytes):
                 return answer
             target = answer

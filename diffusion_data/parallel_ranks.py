@@ -88,10 +88,20 @@ def _length_multiple(tensor_parallel_size: int, context_parallel_size: int) -> i
     return 2 * both if both > 1 else 1
 
 
+def can_gather(parallel: DataParallel) -> bool:
+    """True if the ranks can tell each other something."""
+    return parallel.size == 1 or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def gather_from_ranks(parallel: DataParallel, value: Any) -> list[Any]:
     """The values of all data-parallel ranks, in their order. To be called on all processes of the group."""
     if parallel.size == 1:
         return [value]
+    if not can_gather(parallel):
+        raise UserError(
+            f"the place of {parallel.size} ranks in the dataset can't be gathered: call "
+            "torch.distributed.init_process_group first"
+        )
     gathered: list[Any] = [None] * torch.distributed.get_world_size(parallel.group)
     torch.distributed.all_gather_object(gathered, (parallel.rank, value), group=parallel.group)
     by_rank = dict(gathered)  # ranks that read the same samples have equal values
@@ -100,9 +110,7 @@ def gather_from_ranks(parallel: DataParallel, value: Any) -> list[Any]:
 
 def any_rank(parallel: DataParallel, value: bool) -> bool:
     """True if it is on any data-parallel rank. Without a process group, nobody waits for anybody: this rank's own."""
-    if parallel.size == 1 or not torch.distributed.is_initialized():
-        return value
-    return any(gather_from_ranks(parallel, value))
+    return any(gather_from_ranks(parallel, value)) if can_gather(parallel) else value
 
 
 def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.batching import BatchingConfig
 from diffusion_data.errors import UserError
 from diffusion_data.media_config import MediaConfig
 from diffusion_data.sources import SourceConfig
@@ -20,11 +20,14 @@ class TokenizerConfig:
     cache_dir: where files from the hub are kept; None for huggingface_hub's own place
     dtype: of the computation: float32, bfloat16, or auto, which is bfloat16 on CUDA and float32 on a CPU; a CPU with
         instructions for bfloat16 (avx512_bf16, amx_bf16) is quicker with it, any other several times slower
+    compile: full batches, each shape of them once, by torch.compile. That takes up to minutes a shape and rank, so it
+        pays for long runs of few shapes (media.resize=buckets); what doesn't fill a batch isn't compiled
     """
 
     name: str
     cache_dir: str | None = None
     dtype: str = "auto"
+    compile: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -16,12 +16,14 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
+from diffusion_data.batching import Budgets, fingerprint_fields, free_bytes
 from diffusion_data.busy_shares import BusyShares
 from diffusion_data.captions import template_columns
 from diffusion_data.command_line import options_to_dataclass, run
@@ -31,16 +33,17 @@ from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.durable_file import explained
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
 from diffusion_data.errors import UserError
-from diffusion_data.fingerprint import files_digest, library_versions, module_digest
+from diffusion_data.fingerprint import fields_before, files_digest, library_versions, module_digest
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
 from diffusion_data.forecast import make_forecast
 from diffusion_data.forecast_text import Machines, forecast_text
+from diffusion_data.job_report import write_job_report
 from diffusion_data.latent_sample import FORMAT_VERSION, RESERVED_FIELDS
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_server import start_process_server
 from diffusion_data.progress import Progress
-from diffusion_data.reject_limit import counted
+from diffusion_data.reject_limit import RejectLimit
 from diffusion_data.resize import resampler
 from diffusion_data.retries import shards_that_gain
 from diffusion_data.row_decoder import RowDecoder, handed_over, resolve_process_func
@@ -48,13 +51,15 @@ from diffusion_data.run_folder import RunFolder
 from diffusion_data.run_lock import RunLock, run_lock
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.shard_writer import ShardWriter
-from diffusion_data.source_frames import SourceFrames
 from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.stage_times import StageTimes
 from diffusion_data.summary import summary
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
+
+_ASSUMED_SIDE = 1024  # pixels, where media keep their size
+_ASSUMED_TOKENS = 80
 
 # Options that decide whether a row's media can be had, but not what comes of it.
 _WAYS_TO_FETCH = (
@@ -124,7 +129,8 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
             read_one_batch(output_dir, config.split_ratio)
         print(summary(config, totals, num_todo, phases.seconds()), flush=True)
         if config.report and num_todo:
-            print(_write_report(config, job))
+            decoder = partial(row_decoder, config)
+            print(write_job_report(output_dir, job.source, decoder, job.encoders.tokenizer, config.tokenizer))
     return totals
 
 
@@ -143,6 +149,7 @@ class _Job:
     retry: list[Shard]
     ledger: Ledger
     lock: RunLock
+    budgets: Budgets
 
 
 def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_finished: ExitStack) -> _Job:
@@ -158,9 +165,11 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_
         folder.check()
     lock = until_finished.enter_context(run_lock(folder.output_dir, ranks))
     encoders = encoders or load_encoders(config, device)
-    shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+    shards = _planned(config, source, encoders)
     if ranks.rank == 0:
-        ledger = folder.open(_fingerprint(config, source, shards, encoders), asdict(config))
+        before = fields_before(folder.run / "fingerprint.json").get("batching")
+        budgets = config.batching.budgets(free_bytes(device), before)
+        ledger = folder.open(_fingerprint(config, source, shards, encoders, budgets), asdict(config))
         todo, retry = (
             [shard.number for shard in some]
             for some in folder.unfinished(
@@ -171,7 +180,8 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_
                 verify=config.verify,
             )
         )
-        ranks.publish("plan", {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint})
+        told = {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint, "budgets": asdict(budgets)}
+        ranks.publish("plan", told)
     plan = ranks.receive("plan")
     return _Job(
         encoders=encoders,
@@ -181,7 +191,22 @@ def _plan(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, until_
         retry=[shards[number] for number in plan["retry"]],
         ledger=Ledger(folder.output_dir, plan["fingerprint"]),
         lock=lock,
+        budgets=Budgets(**plan["budgets"]),
     )
+
+
+def _planned(config: PrepareConfig, source: ParquetSource, encoders: Encoders) -> list[Shard]:
+    sample_bytes = _estimated_sample_bytes(config, encoders)
+    return plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio, sample_bytes)
+
+
+def _estimated_sample_bytes(config: PrepareConfig, encoders: Encoders) -> int:
+    """Of a square picture, or of a clip of `media.num_frames`, with a caption of usual length."""
+    tokenizer = encoders.tokenizer
+    side = (config.media.short_side or _ASSUMED_SIDE) // tokenizer.spatial_compression
+    frames = 1 + ((config.media.num_frames or 1) - 1) // tokenizer.temporal_compression
+    values = tokenizer.latent_channels * frames * side**2 + _ASSUMED_TOKENS * encoders.text_encoder.embedding_dim
+    return 2 * values
 
 
 def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) -> str:
@@ -190,7 +215,7 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
     _set_up_torch(device)
     with closing(_open_source(config, ranks)) as source:
         encoders = encoders or load_encoders(config, device)
-        shards = plan_shards(source.num_rows, config.samples_per_shard, config.split_ratio)
+        shards = _planned(config, source, encoders)
         machines = Machines(
             num_ranks=config.plan_gpus or ranks.world_size,
             num_workers=_num_workers(config, ranks),
@@ -198,36 +223,9 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
             price_per_hour=config.plan_price,
         )
         with _decode_workers(config, ranks, encoders.tokenizer) as workers:
-            forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
+            budgets = config.batching.budgets(free_bytes(device))
+            forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, budgets)
     return forecast_text(forecast, shards, machines, config.text_encoder.max_length, config.max_reject_rate)
-
-
-def _write_report(config: PrepareConfig, job: _Job) -> str:
-    """A line on it. The dataset is finished, so nothing that goes wrong here may fail the job."""
-    from diffusion_data.report import write_report  # reads shards with what training reads them with
-    from diffusion_data.report_sheet import SheetOptions
-
-    try:
-        page = write_report(
-            Path(config.output_dir),
-            Path(config.output_dir) / "run" / "report",
-            lambda: _with_decoder(config, job.encoders.tokenizer),
-            lambda tokenizer: SourceFrames(job.source, row_decoder(config, tokenizer)),
-            SheetOptions(),
-        )
-    except Exception as error:  # noqa: BLE001 - see above
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"  no report, but the dataset is complete ({told}); scripts/report_dataset.py tries again"
-    return f"  report: {page}"
-
-
-def _with_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> CosmosTokenizer:
-    """The job's tokenizer if it can decode, else the same one loaded with its decoder."""
-    if tokenizer.network.decoder is not None:
-        return tokenizer
-    return CosmosTokenizer.from_pretrained(
-        config.tokenizer.name, config.tokenizer.cache_dir, tokenizer.device, tokenizer.dtype
-    )
 
 
 def _with_retries(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> _Job:
@@ -332,7 +330,7 @@ def row_decoder(config: PrepareConfig, tokenizer: CosmosTokenizer) -> RowDecoder
 
 
 def _fingerprint(
-    config: PrepareConfig, source: ParquetSource, shards: list[Shard], encoders: Encoders
+    config: PrepareConfig, source: ParquetSource, shards: list[Shard], encoders: Encoders, budgets: Budgets
 ) -> dict[str, Any]:
     """Everything that changes a shard's bytes. Not in it: ranks, workers, splits, where models are cached."""
     tokenizer, text_encoder = encoders.tokenizer, encoders.text_encoder
@@ -360,16 +358,17 @@ def _fingerprint(
         "media": {name: value for name, value in asdict(config.media).items() if name not in _WAYS_TO_FETCH},
         "versions": library_versions(),
         "resampler": resampler(),
-        "tokenizer": {"files_sha256": files_digest(tokenizer.weight_files), "dtype": str(tokenizer.dtype)},
+        "tokenizer": {
+            "files_sha256": files_digest(tokenizer.weight_files),
+            "dtype": str(tokenizer.dtype),
+            "compile": config.tokenizer.compile,
+        },
         "text_encoder": {
             "files_sha256": files_digest(text_encoder.weight_files),
             "dtype": str(text_encoder.dtype),
             "max_length": config.text_encoder.max_length,
         },
-        "batching": {
-            **asdict(config.batching),
-            "pixels_per_batch": config.batching.pixel_budget(tokenizer.device),
-        },
+        "batching": fingerprint_fields(budgets),
         "device": tokenizer.device.type,
     }
 
@@ -377,27 +376,35 @@ def _fingerprint(
 def _encode_shards(config: PrepareConfig, ranks: Ranks, job: _Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = _share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
-    pipeline = EncodePipeline(job.encoders.tokenizer, job.encoders.text_encoder, config.batching, threads)
-    encoders = 1 if job.encoders.tokenizer.device.type == "cuda" else max(1, threads)
-    busy = BusyShares(ranks, {"decoding": max(1, _num_workers(config, ranks)), "encoders": encoders, "writing": 1})
+    encoders, compiled = job.encoders, config.tokenizer.compile
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
+    num_encoders = 1 if encoders.tokenizer.device.type == "cuda" else max(1, threads)
+    busy = BusyShares(ranks, {"decoding": max(1, _num_workers(config, ranks)), "encoders": num_encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     before = {shard.number: job.ledger.read(shard) for shard in job.retry}
     shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    limit = RejectLimit(ranks, config.max_reject_rate)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
-        pending: deque[Future[LedgerEntry]] = deque()
-        results = counted(workers.map(rows), ranks, config.max_reject_rate)
-        for encoded in pipeline.run(results):
+        pending: deque[Future[LedgerEntry | None]] = deque()
+
+        def finish_oldest() -> None:
+            if (entry := pending.popleft().result()) is not None:
+                limit.shard_written(entry)
+
+        for encoded in pipeline.run(limit.watch(workers.map(rows))):
             pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
-                pending.popleft().result()
-        for future in pending:
-            future.result()
+                finish_oldest()
+        while pending:
+            finish_oldest()
+        limit.count()
 
 
 def _write(
     writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
-) -> LedgerEntry:
+) -> LedgerEntry | None:
+    """The shard's entry, or None if it stays as it was `before`."""
     try:
         lock.check()
         entry = writer.write(encoded, before)
@@ -408,8 +415,8 @@ def _write(
         ) from error
     if entry is before:
         print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
-    else:
-        busy.add(entry.stage_seconds)
+        return None
+    busy.add(entry.stage_seconds)
     return entry
 
 

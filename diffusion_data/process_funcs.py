@@ -159,7 +159,7 @@ def checked_caption(caption: object, place: str, empty_captions: str) -> str:
         raise RowRejected(Reason.caption_not_text, f"{place} holds {type(caption).__name__}, expected text")
     if not is_unicode(caption):
         raise RowRejected(Reason.caption_not_text, f"{place} holds half of a surrogate pair, which is no Unicode text")
-    return caption
+    return str.__str__(caption)  # of a user's own kind of text, the text
 
 
 def is_unicode(text: str) -> bool:

@@ -58,3 +58,17 @@ def _redistributed(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]
     ]
     done = saved["batches_done"] * before[_RANKS] // now[_RANKS] % now[_EPOCH_LENGTH]
     return {"ranks": ranks, "batches_done": done, "settings": now}
+
+
+def rescale_batches(trainer: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Make Lightning, which goes on from a checkpoint of another number of ranks, count batches as these ranks do.
+
+    It counts a rank's batches to know when a step of the optimizer is whole and when to validate.
+    """
+    if trainer is None or before[_RANKS] == now[_RANKS] or not trainer.fit_loop.restarting:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for counts in (progress.total, progress.current):
+        more = counts.ready * before[_RANKS] // now[_RANKS] - counts.ready
+        for name in ("ready", "started", "processed", "completed"):  # that differ by one within a batch, and stay so
+            setattr(counts, name, getattr(counts, name) + more)

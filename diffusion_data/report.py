@@ -1,7 +1,9 @@
 """A dataset folder -> its report: index.html, which needs no other file, and its plots as png.
 
-facts (stats.json, or samples) ─┐
-contact sheet (latents decoded) ┴─▶ run/report/index.html, run/report/*.png
+    facts (stats.json, or samples) ─┐
+    contact sheet (latents decoded) ┴─▶ run/report/index.html, run/report/*.png
+
+Whatever can't be shown is a line on the page, so that the rest still is.
 """
 
 from __future__ import annotations

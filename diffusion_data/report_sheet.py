@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import decode_sample, frames_per_second, psnr_db
@@ -19,7 +20,7 @@ from diffusion_data.spread import coarse_to_fine
 from diffusion_data.spread_samples import spread_samples
 
 PICTURE_SUFFIX = ".webp"
-_LONGEST_SIDE = 640  # pixels on the page; the PSNR is that of the full size
+_LONGEST_SIDE, _LONGEST_SIDE_MOVING = 640, 384  # pixels on the page; the PSNR is that of the full size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ def make_sheet(
             break
         try:
             entries[place] = _entry(samples[place], tokenizer, sources, options)
-        except ValueError as error:  # a latent of another tokenizer
-            problems.append(f"{samples[place].key} can't be decoded: {error}")
+        except (ValueError, torch.OutOfMemoryError) as error:  # a latent of another tokenizer, or a very large one
+            problems.append(f"{samples[place].key} can't be decoded: {' '.join(str(error).split())}")
     without_source = sum(entry.source is None for entry in entries.values()) if sources is not None else 0
     if without_source:
         problems.append(f"{without_source} source rows no longer give the frames that were encoded.")
@@ -144,10 +145,11 @@ def _start_and_end(metadata: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def _pictures(frames: np.ndarray, fps: float | None) -> Pictures:
-    small = shrink(frames, _LONGEST_SIDE)
-    is_clip = len(frames) > 1
+    first = encode_file(shrink(frames[:1], _LONGEST_SIDE), None, PICTURE_SUFFIX)
+    if len(frames) == 1:
+        return Pictures(first=first, last=None, moving=None)
     return Pictures(
-        first=encode_file(small[:1], None, PICTURE_SUFFIX),
-        last=encode_file(small[-1:], None, PICTURE_SUFFIX) if is_clip else None,
-        moving=encode_file(small, fps, PICTURE_SUFFIX) if is_clip else None,
+        first=first,
+        last=encode_file(shrink(frames[-1:], _LONGEST_SIDE), None, PICTURE_SUFFIX),
+        moving=encode_file(shrink(frames, _LONGEST_SIDE_MOVING), fps, PICTURE_SUFFIX),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import random
 import time
@@ -57,7 +58,7 @@ class RowDecoder:
         metadata: dict[str, Any] = {}
         try:
             values = _Values(row.values)
-            metadata = {column: _json_value(values.get(column), column) for column in self.metadata_columns}
+            metadata = _json_object({column: values.get(column) for column in self.metadata_columns})
             media = _media_loader(self.media, row.folder, self.temporal_compression, self.size_multiple)
             media.left_out = LeftOut()
             samples = tuple(self._samples(row, values, metadata, media))
@@ -96,13 +97,13 @@ class RowDecoder:
                 for frames, mirrored in media.variants(sample.frames):
                     yield DecodedSample(
                         pixels=np.ascontiguousarray(frames.pixels),
-                        framerate=frames.fps,
-                        image_height=frames.source_height,
-                        image_width=frames.source_width,
+                        framerate=_plain(frames.fps),
+                        image_height=int(frames.source_height),
+                        image_width=int(frames.source_width),
                         caption=caption,
                         metadata=own_metadata,
-                        start_seconds=frames.start_seconds,
-                        end_seconds=frames.end_seconds,
+                        start_seconds=_plain(frames.start_seconds),
+                        end_seconds=_plain(frames.end_seconds),
                         mirrored=mirrored,
                     )
         except RowRejected:
@@ -163,11 +164,29 @@ def _media_loader(config: MediaConfig, folder: str, temporal_compression: int, s
     return MediaLoader(config, folder, temporal_compression, size_multiple)
 
 
+def _plain(number: float | None) -> float | None:
+    """A user's may be numpy's, which json can't."""
+    return None if number is None else float(number)
+
+
 def _checked_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     taken = RESERVED_FIELDS.intersection(metadata)
     if taken:
         raise RowRejected(Reason.bad_metadata, f"metadata fields {sorted(taken)} are the format's own")
-    return {name: _json_value(value, name) for name, value in metadata.items()}
+    return _json_object(metadata)
+
+
+def _json_object(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as they come back from json: plain, whatever kinds of number and text they were.
+
+    Raises:
+        RowRejected: it can't: bytes, half a surrogate pair, a number of thousands of digits, a list within itself.
+    """
+    converted = {str(name): _json_value(value, name) for name, value in values.items()}
+    try:
+        return json.loads(json.dumps(converted, ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowRejected(Reason.bad_metadata, f"json can't hold it: {error}") from error
 
 
 def _json_value(value: Any, name: str) -> Any:
@@ -187,7 +206,7 @@ def _json_value(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(each, name) for each in value]
     if type(value).__name__ == "Decimal":
-        return float(value)
+        return _json_value(float(value), name)
     raise RowRejected(Reason.bad_metadata, f"{name} holds {type(value).__name__}, which json can't")
 
 

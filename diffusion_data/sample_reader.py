@@ -15,41 +15,32 @@ import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.energon import SavableDataset
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
 from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX, ITarFile
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
-from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 from megatron.energon.source_info import SourceInfo
-from megatron.energon.wrappers.base import BaseWrapperDataset
 
+_OPEN_SHARDS = 64  # more than energon reads from at a time: a shuffle buffer reaches back
 _BLOCK = 512  # bytes of a tar header; contents are filled up to a multiple
 _CHECKSUM = slice(148, 156)  # counted as spaces
 _SPACES = 8 * ord(" ")
 _OFFSETS = struct.Struct("<2Q")  # where a sample begins and where the next one does
 
 
-def read_plainly(dataset: SavableDataset[Any]) -> None:
-    """Replace energon's tar reader, wherever `dataset` has the one for local shards, by `LocalTarReader`."""
-    if isinstance(dataset, WebdatasetSampleLoaderDataset):
-        dataset.join_readers = [_plain(reader) for reader in dataset.join_readers]
-    elif isinstance(dataset, BaseWrapperDataset):
-        for inner in dataset.datasets:
-            read_plainly(inner)
-
-
-def _plain(reader: Any) -> Any:
+def local_reader(reader: Any) -> LocalTarReader | None:
+    """What reads the same shards as energon's `reader`; None if they aren't plain files."""
     if type(reader) is not ShardInfosITarReader or not reader.base_path.is_local() or not hasattr(os, "preadv"):
-        return reader
+        return None
     return LocalTarReader(
         reader.base_path,
         reader.shard_infos,
         part_filter=reader.part_filter,
-        itar_cache_size=reader.itar_cache_size,
+        itar_cache_size=max(reader.itar_cache_size, _OPEN_SHARDS),
         sample_filter=reader.sample_filter,
     )
 
@@ -71,11 +62,11 @@ class LocalTarReader(ShardInfosITarReader):
         return tar
 
     def __getitem__(self, index: int) -> Any:
-        sample = self._read(index)
-        return super().__getitem__(index) if sample is None else sample
+        place = self.place_of(index)
+        return self.sample_of(index, place, None if place is None else place.read())
 
-    def _read(self, index: int) -> dict[str, Any] | None:
-        """The sample; None if energon's reader has to look at it."""
+    def place_of(self, index: int) -> Place | None:
+        """Where the sample stands; None if there is none."""
         shard_number = bisect_right(self.shard_count_cumsum, index) - 1
         if not 0 <= shard_number < len(self.shard_infos):
             return None
@@ -87,9 +78,13 @@ class LocalTarReader(ShardInfosITarReader):
             self._open_shards[tar] = shard = _Shard(self.tar_filepaths[tar].local_path())
         else:
             self._open_shards.move_to_end(tar)
-        block = shard.read(index - self.shard_count_cumsum[shard_number])
+        return Place(shard, index - self.shard_count_cumsum[shard_number], self.tar_filenames[tar])
+
+    def sample_of(self, index: int, place: Place | None, block: memoryview | None) -> Any:
+        """The sample whose stretch of the tar `place` gave, as energon's reader would return it."""
         members = None if block is None else _members(block)
-        return None if members is None else self._sample(members, self.tar_filenames[tar], index)
+        sample = None if place is None or members is None else self._sample(members, place.shard_name, index)
+        return super().__getitem__(index) if sample is None else sample
 
     def _sample(self, members: list[tuple[str, memoryview]], shard_name: str, index: int) -> dict[str, Any] | None:
         key, parts, names = None, {}, []
@@ -124,6 +119,19 @@ def _open_member(tar: ITarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject
     if member.issparse():
         raise ValueError(f"{tar.name}: {member.name} is a sparse file, which is refused")
     return tarfile.ExFileObject(tar, member)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A sample in an open shard."""
+
+    shard: _Shard
+    number: int
+    shard_name: str
+
+    def read(self) -> memoryview | None:
+        """Headers and contents, with one system call; None if they aren't where they should be. In any thread."""
+        return self.shard.read(self.number)
 
 
 class _Shard:

@@ -20,6 +20,7 @@ SPLITS = ("train", "val", "test")
 # would batch badly, and more than 10,000 shards slow energon down (its documentation).
 _SHARDS_WANTED = 512
 _FEWEST_SAMPLES, _MOST_SAMPLES = 32, 10_000
+_MOST_BYTES = 1 << 30  # a rank holds up to four shards: one in the making, others on their way to the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,9 @@ class Shard:
         return self.stop - self.start
 
 
-def plan_shards(num_rows: int, samples_per_shard: int | None, split_ratio: Sequence[float]) -> list[Shard]:
+def plan_shards(
+    num_rows: int, samples_per_shard: int | None, split_ratio: Sequence[float], sample_bytes: int = 0
+) -> list[Shard]:
     """Cut the rows into shards.
 
     Args:
@@ -47,6 +50,8 @@ def plan_shards(num_rows: int, samples_per_shard: int | None, split_ratio: Seque
         split_ratio: weights of train, val, test. Splits are made of whole shards, so there are at least as many
             shards as splits asked for, with fewer rows in each than `samples_per_shard` if need be; where the
             size is chosen here, there are enough to come near the ratio.
+        sample_bytes: estimate of what a sample will hold; a size that is chosen here keeps a shard below 1 GiB of them,
+            but for the fewest samples a shard has.
 
     Raises:
         UserError: fewer rows than splits, or a size or ratio that makes no sense.
@@ -59,6 +64,7 @@ def plan_shards(num_rows: int, samples_per_shard: int | None, split_ratio: Seque
     size = samples_per_shard or min(
         max(math.ceil(num_rows / _SHARDS_WANTED), _FEWEST_SAMPLES),
         _MOST_SAMPLES,
+        max(_MOST_BYTES // max(1, sample_bytes), _FEWEST_SAMPLES),
         max(1, num_rows // _shards_for_ratio(split_ratio)),
     )
     count = max(math.ceil(num_rows / size), num_splits)

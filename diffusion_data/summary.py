@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffusion_data.errors import Reason
 from diffusion_data.finish import Totals, format_reasons
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.stage_times import WAITS
@@ -22,7 +23,11 @@ def summary(config: PrepareConfig, totals: Totals, rows_now: int, phase_seconds:
         + ", ".join(f"{name} {count}" for name, count in totals.splits.items() if count),
     ]
     if totals.rejected:
-        lines.append(f"  rejected: {format_reasons(totals.rejected)}; each in run/rejected.jsonl")
+        retry = any(Reason(reason).retryable for reason in totals.rejected)
+        lines.append(
+            f"  rejected: {format_reasons(totals.rejected)}; each in run/rejected.jsonl"
+            + ("; retry_rejected=network tries again what the network failed" if retry else "")
+        )
     if totals.captions_cut:
         lines.append(f"  {totals.captions_cut} captions cut to {config.text_encoder.max_length} tokens")
     lines += left_out_lines(totals.left_out)

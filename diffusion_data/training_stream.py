@@ -17,6 +17,8 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 
 from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
+from diffusion_data.late_reading import shuffled as shuffled_passes
+from diffusion_data.skip_counts import SkipCounts, all_skipped
 
 Batch = dict[str, Any]
 Load = Callable[[LoadedDataset, int], SavableDataset[Any]]
@@ -37,10 +39,10 @@ def training_stream(
         UserError: one pass is asked of a blend by weight, which has no end.
     """
 
+    size = shuffle_buffer_size or 1
+
     def shuffled(stream: SavableDataset[Any]) -> SavableDataset[Any]:
-        if shuffle_buffer_size is None or shuffle_buffer_size <= 1:
-            return stream
-        return EpochShuffle(stream, shuffle_buffer_size, worker_config=worker_config)
+        return shuffled_passes(stream, size, worker_config) if size > 1 else stream
 
     def repeated(stream: SavableDataset[Any], times: float | None = None) -> SavableDataset[Any]:
         return RepeatDataset(stream, repeats=times, worker_config=worker_config)
@@ -64,7 +66,9 @@ def training_stream(
         (repeated(stream, dataset.repetitions or 1), len(dataset.dataset) * (dataset.repetitions or 1))
         for dataset, stream in zip(datasets, loaded, strict=True)
     ]
-    stream = shuffled(BlendDataset(*shares, worker_config=worker_config))
+    stream = BlendDataset(*shares, worker_config=worker_config)
+    if size > 1:  # the blend's passes, not the datasets', of which there may be parts in one
+        stream = EpochShuffle(stream, size, worker_config=worker_config)
     return repeated(stream) if repeat else stream
 
 
@@ -80,13 +84,19 @@ class WholePasses(BaseWrapperDataset[Batch, Batch]):
 
     A pass that ends before is filled with empty dicts, which `TrainLoader` turns into batches without samples. Every
     worker of every rank gives equally many this way.
+
+    Raises:
+        UserError: a whole pass had no batch, since all samples of this worker were skipped.
     """
 
     _savable_fields = ("_done", "_ended")
 
-    def __init__(self, dataset: SavableDataset[Batch], length: int, *, worker_config: WorkerConfig) -> None:
+    def __init__(
+        self, dataset: SavableDataset[Batch], length: int, skips: SkipCounts, *, worker_config: WorkerConfig
+    ) -> None:
         super().__init__(dataset, worker_config=worker_config)
         self._length = length
+        self._skips = skips
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
@@ -103,6 +113,8 @@ class WholePasses(BaseWrapperDataset[Batch, Batch]):
                     self._done += 1
                     yield batch
                 self._ended = True
+            if self._done == 0:
+                raise all_skipped(self._skips)
             while self._done < self._length:
                 self._done += 1
                 yield {}

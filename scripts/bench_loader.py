@@ -47,12 +47,14 @@ from megatron.energon import (
 )
 from original_task_encoder import Crude, OriginalTaskEncoder, cook
 
+from diffusion_data import sample_reader
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.energon_loaders import use_pinned_memory
 from diffusion_data.energon_metadata import write_energon_metadata
 from diffusion_data.latent_sample import LatentSample, build_metadata, sample_key
 
 SHUFFLE_BUFFER = 100
+READ_AHEAD = 4  # the default
 TEXT_LENGTH = 512
 TEXT_WIDTH = 1024  # of T5-11B, which DiTs are made for
 READ_BLOCK = 8 << 20
@@ -145,7 +147,9 @@ def energon_loader(path: Path, encoder: DefaultTaskEncoder, batch_size: int | No
     return iter(loader)
 
 
-def datamodule_batches(path: Path, case: Case, batch_size: int, workers: int) -> Iterator[Any]:
+def datamodule_batches(
+    path: Path, case: Case, batch_size: int, workers: int, read_ahead: int = READ_AHEAD
+) -> Iterator[Any]:
     module = DiffusionDataModule(
         path,
         seq_length=case.seq_length,
@@ -153,6 +157,7 @@ def datamodule_batches(path: Path, case: Case, batch_size: int, workers: int) ->
         global_batch_size=batch_size,
         num_workers=workers,
         shuffle_buffer_size=SHUFFLE_BUFFER,
+        read_ahead=read_ahead,
     )
     loader = module.train_dataloader()
     while True:
@@ -168,6 +173,17 @@ def bare_read(path: Path) -> Iterator[int]:
                 while file.readinto(block):
                     pass
             yield tar.stat().st_size
+
+
+def wait_before_reads(seconds: float) -> None:
+    """As a disk or network does that is slow to answer, but answers any number of requests at a time."""
+    read = sample_reader.Place.read
+
+    def slow(place: sample_reader.Place) -> memoryview | None:
+        time.sleep(seconds)
+        return read(place)
+
+    setattr(sample_reader.Place, "read", slow)  # noqa: B010 - mypy takes an assignment for a method
 
 
 def rate(source: Iterator[Any], steps: int, samples_per_step: int, clock: Callable[[], float]) -> float:
@@ -187,7 +203,10 @@ def measure(case: Case, path: Path, arguments: argparse.Namespace) -> dict[str, 
         "bare_read": (bare_read(path), arguments.samples_per_shard),
         "energon_raw": (energon_loader(path, RawTaskEncoder(), None, gc_collect_every_n_steps=0), 1),
         "energon_default": (energon_loader(path, OriginalTaskEncoder(case.seq_length, TEXT_LENGTH), batch), batch),
-        **{f"workers_{n}": (datamodule_batches(path, case, batch, n), batch) for n in arguments.workers},
+        **{
+            f"workers_{n}": (datamodule_batches(path, case, batch, n, arguments.read_ahead), batch)
+            for n in arguments.workers
+        },
     }
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     rates: dict[str, list[float]] = {name: [] for name in sources}
@@ -264,6 +283,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="of each dataset, and of each measurement")
     parser.add_argument("--samples-per-shard", type=int, default=100)
     parser.add_argument("--batch", type=int, default=1, help="samples of a micro batch")
+    parser.add_argument("--read-ahead", type=int, default=READ_AHEAD, help="of the DataModule")
+    parser.add_argument(
+        "--read-latency-ms", type=float, default=0, help="each read of the DataModule waits so long first"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds; for 0 workers only")
     parser.add_argument("--folder", type=Path, help="where the datasets are made; default: the temporary folder")
@@ -273,6 +296,8 @@ def main() -> None:
         parser.error("--samples must be a multiple of --samples-per-shard")
     if arguments.cpu_time and any(arguments.workers):
         parser.error("--cpu-time sees nothing of what workers do: use it with --workers 0")
+    if arguments.read_latency_ms:
+        wait_before_reads(arguments.read_latency_ms / 1000)
     folder = Path(tempfile.mkdtemp(prefix="bench_loader_", dir=arguments.folder))
     results = []
     try:

@@ -29,8 +29,9 @@ from bench_material import Material, make_encoders, write_rows
 from bench_original import original_way
 
 from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
+from diffusion_data.batching import BatchingConfig, free_bytes
 from diffusion_data.distributed import usable_cpus
-from diffusion_data.encode_pipeline import BatchingConfig, batches_by_length
+from diffusion_data.encode_pipeline import batches_by_length
 from diffusion_data.finish import Totals
 from diffusion_data.media import MediaConfig
 from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, TokenizerConfig
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encode-threads", type=int, help="on a CPU")
     parser.add_argument("--pixels-per-batch", type=int)
     parser.add_argument("--tokens-per-batch", type=int)
+    parser.add_argument("--compile", action="store_true", help="tokenizer.compile")
     parser.add_argument("--only-job", action="store_true", help="no ceilings and no original: for measuring memory")
     parser.add_argument("--json", type=Path, default=Path("bench_prepare.json"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the starter, in torchrun's processes
@@ -193,7 +195,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         plan_gpus=None,
         plan_price=None,
         media=MediaConfig(short_side=arguments.pixels),
-        tokenizer=TokenizerConfig(name=arguments.tokenizer),
+        tokenizer=TokenizerConfig(name=arguments.tokenizer, compile=arguments.compile),
         text_encoder=TextEncoderConfig(name=arguments.text_encoder),
         batching=BatchingConfig(**{name: value for name, value in given.items() if value is not None}),
         device=arguments.device,
@@ -207,21 +209,20 @@ def _times(totals: Totals) -> dict[str, Any]:
 def ceilings(arguments: argparse.Namespace, encoders: Encoders, folder: Path) -> dict[str, float]:
     """Samples/s of each encoder on ready batches of the job's shapes, as many at a time as the job runs."""
     threads = usable_cpus() if arguments.encode_threads is None else arguments.encode_threads
-    batching = job_config(arguments, folder / "job").batching
+    budgets = job_config(arguments, folder / "job").batching.budgets(free_bytes(encoders.tokenizer.device))
     size = max(
         1,
-        min(
-            batching.pixel_budget(encoders.tokenizer.device) // (arguments.pixels**2 * arguments.frames), arguments.rows
-        ),
+        min(budgets.pixels // (arguments.pixels**2 * arguments.frames), arguments.rows),
     )
     rng = np.random.default_rng(0)
     shape = (arguments.frames, arguments.pixels, arguments.pixels, 3)
     frames = [rng.integers(0, 256, shape, np.uint8) for _ in range(size)]
     captions = pq.read_table(folder / "rows.parquet", columns=["caption"])["caption"].to_pylist()
     tokens = encoders.text_encoder.tokenize(list(dict.fromkeys(captions[:512])))
-    batches = list(batches_by_length([len(each) for each in tokens], batching.tokens_per_batch))
+    batches = list(batches_by_length([len(each) for each in tokens], budgets.tokens))
+    compiled = budgets.pixels if arguments.compile else None
     torch.set_num_threads(1)
-    with BatchEncoder(encoders.tokenizer, encoders.text_encoder, threads) as encoder:
+    with BatchEncoder(encoders.tokenizer, encoders.text_encoder, threads, compiled) as encoder:
 
         def run_tokenizer() -> tuple[int, list[Any]]:
             rounds = 2 * max(threads, 1)

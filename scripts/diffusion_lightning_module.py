@@ -39,6 +39,11 @@ class OptimizerOptions:
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
     sigma_data: float  # what latents, of a deviation of about 1, are multiplied by
+    timesteps: str  # drawn uniform, or logit_normal: most of them of medium noise
+
+    def __post_init__(self) -> None:
+        if self.timesteps not in ("uniform", "logit_normal"):
+            raise ValueError(f"timesteps must be uniform or logit_normal, got {self.timesteps!r}")
 
 
 class DiffusionLightningModule(LightningModule):
@@ -121,8 +126,13 @@ class DiffusionLightningModule(LightningModule):
 
     def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
         noise = torch.randn(batch["video"].shape, device=self.device, generator=random)
-        timesteps = torch.randn(len(batch["lengths"]), device=self.device, generator=random).sigmoid()  # logit-normal
+        timesteps = self._timesteps(len(batch["lengths"]), random)
         return rectified_flow_loss(model, batch, noise, timesteps, self.loss_options.sigma_data)
+
+    def _timesteps(self, count: int, random: torch.Generator) -> Tensor:
+        if self.loss_options.timesteps == "uniform":
+            return torch.rand(count, device=self.device, generator=random)
+        return torch.randn(count, device=self.device, generator=random).sigmoid()
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         name = f"{purpose}/{self.seed}/{self.global_rank}/{number}"

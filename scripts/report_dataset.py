@@ -15,11 +15,12 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from diffusion_data.command_line import options_to_dataclass
+from diffusion_data.command_line import config_folder, options_to_dataclass
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import tokenizer_of
 from diffusion_data.errors import UserError
@@ -42,10 +43,18 @@ def load_sources(dataset: Path, tokenizer: CosmosTokenizer) -> SourceFrames:
     """What run/config.yaml names: code of the dataset's maker runs."""
     file = dataset / "run" / "config.yaml"
     try:
-        config = options_to_dataclass(PrepareConfig, yaml.safe_load(file.read_bytes()), "")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        config = options_to_dataclass(PrepareConfig, with_defaults(yaml.safe_load(file.read_bytes())), "")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{file} can't be used: {error}") from error
     return SourceFrames(ParquetSource.open(config.source.path), row_decoder(config, tokenizer))
+
+
+def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an earlier version, which had not all of today's, completed."""
+    defaults = yaml.safe_load((config_folder() / "prepare.yaml").read_bytes())
+    known = {name: value for name, value in defaults.items() if name not in ("defaults", "hydra")}
+    groups = {name: {**value, **options[name]} for name, value in known.items() if isinstance(value, dict)}
+    return {**known, **options, **groups}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -60,7 +60,7 @@ def layout_of(batch: Batch) -> SampleARow | SamplesInOneRow:
     """Where the samples of a batch lie that went through `without_padding`."""
     assert "joined" in batch, "this batch has not been through without_padding"
     if batch["joined"]:
-        lengths = torch.tensor(batch["lengths"], device=batch["video"].device)
+        lengths = batch["seq_len_q"]
         numbers = torch.arange(len(lengths), device=lengths.device)
         sample_of_position = numbers.repeat_interleave(lengths, output_size=batch["video"].shape[1])
         return SamplesInOneRow(batch["lengths"], batch["text_lengths"], sample_of_position[None])

@@ -20,6 +20,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--workers", type=int, help="processes; default: one a processor")
     arguments = parser.parse_args(words)
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error("--workers: at least 1")
     started = time.monotonic()
     try:
         verdict = verify_dataset(arguments.dataset, arguments.workers)

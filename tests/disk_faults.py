@@ -2,7 +2,7 @@
 
 Names (open to write, rename, remove, make or remove a folder, link) are seen by Python's audit hook, which no code
 can pass by; data by `HashingFile.write`, `os.write` and `os.fsync`. What energon's indexer does in its own process is
-not seen, until its files are flushed.
+not seen, until its files are flushed. The heartbeat in a lock file, whose time is chance, is left alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def watched(root: Path, handler: Handler) -> Iterator[None]:
 
     def handle(operation: Operation) -> None:
         nonlocal count
-        if root not in (operation.path, *operation.path.parents):
+        is_heartbeat = operation.path.suffix == ".lock" and operation.kind in ("write", "flush")
+        if root not in (operation.path, *operation.path.parents) or is_heartbeat:
             return
         with lock:
             number, count = count, count + 1
@@ -147,6 +148,19 @@ def full_from(number: int) -> Handler:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(operation.path))
 
     return handler
+
+
+def noted(handler: Handler, failed: list[Operation]) -> Handler:
+    """`handler`, with the operations that it lets fail listed."""
+
+    def noting(now: int, operation: Operation) -> None:
+        try:
+            handler(now, operation)
+        except OSError:
+            failed.append(operation)
+            raise
+
+    return noting
 
 
 @dataclass

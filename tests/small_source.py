@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.batching import BatchingConfig
 from diffusion_data.media import MediaConfig
 from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, TokenizerConfig
 from diffusion_data.sources import SourceConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -273,3 +274,13 @@ def test_everything_is_on_the_tokenizers_device(num_frames: int) -> None:
     latents = tokenizer.encode(torch.empty(2, num_frames, 64, 96, 3, dtype=torch.uint8, device="meta"))
     assert (latents.shape, latents.dtype) == ((2, 16, 1 + num_frames // 4, 8, 12), torch.bfloat16)
     assert tokenizer.decode(latents).shape == (2, num_frames, 64, 96, 3)
+
+
+@pytest.mark.skipif(not os.environ.get("COMPILE_TESTS"), reason="takes minutes; run with COMPILE_TESTS=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_gives_the_same_latents_for_every_shape(dtype: torch.dtype) -> None:
+    tokenizer = CosmosTokenizer.from_pretrained("tiny-cosmos", dtype=dtype, decoder=False)
+    for shape in [(2, 1, 32, 48, 3), (1, 5, 32, 32, 3), (1, 1, 48, 48, 3)]:
+        frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        plain, compiled = tokenizer.encode(frames).float(), tokenizer.encode_compiled(frames).float()
+        assert (plain - compiled).norm() < (1e-3 if dtype == torch.float32 else 2e-2) * plain.norm()

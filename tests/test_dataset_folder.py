@@ -16,7 +16,11 @@ def dataset(tmp_path):
 def test_counts_the_samples_of_each_split(dataset):
     folder = check_dataset(dataset)
     assert folder.samples == {"train": 4, "val": 2}
-    assert read_stats(folder) == {"latent_shapes": [[4, 1, 4, 4, 6]]}
+    stats = read_stats(folder)
+    assert stats is not None
+    assert stats["latent_shapes"] == [[4, 1, 4, 4, 6]]
+    assert stats["latent_mean"] == pytest.approx([10, 26, 42, 58])
+    assert stats["latent_std"] == pytest.approx([(85 / 4 + 35 / 12) ** 0.5] * 4)  # of 16 numbers and of 6 rows
 
 
 def test_excluded_shards_are_not_counted(dataset):

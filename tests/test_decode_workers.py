@@ -6,6 +6,7 @@ import datetime
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -326,6 +327,38 @@ def test_a_process_that_the_worker_leaves_behind_does_not_hide_its_death() -> No
     with DecodeWorkers(simple_decoder, 1) as workers:
         assert kinds(workers.map(rows({"does": "stay behind"}, {}))) == ["worker_killed", "decoded"]
     assert time.monotonic() - started < 2.9
+
+
+def test_a_job_that_is_stopped_as_a_whole_for_longer_than_a_row_may_take_rejects_none(tmp_path: Path) -> None:
+    """As a scheduler suspends it, or a container is frozen."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        """
+import sys, time
+from pathlib import Path
+from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.sources import Row
+
+def decoder(row):
+    Path(row.folder, "begun").touch()
+    for _ in range(40):
+        time.sleep(0.05)
+    return "decoded"
+
+if __name__ == "__main__":
+    row = Row(index=0, source_file="", source_row=0, folder=sys.argv[1], values={})
+    with DecodeWorkers(decoder, 1, row_timeout_seconds=4.0) as workers:
+        print([result for _, result in workers.map([(0, row)])], flush=True)
+"""
+    )
+    job = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for((tmp_path / "begun").exists, timeout_seconds=120)
+    os.killpg(job.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.killpg(job.pid, signal.SIGCONT)
+    assert job.communicate(timeout=60)[0] == "['decoded']\n"
 
 
 def test_a_row_that_takes_too_long_is_rejected_as_timeout(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample, sample_key
+from diffusion_data.parallel_ranks import DataParallel
 from tests.datamodules import as_rank, flat, module, rows, through_a_checkpoint
 from tests.test_safe_decoder import Hostile
 from tests.tiny_dataset import tiny_sample, write_dataset, write_raw_dataset
@@ -121,6 +122,94 @@ def test_ranks_validate_equally_many_batches_and_every_sample_once(seven_and_thr
     assert filler["t5_text_mask"].any()
 
 
+def test_the_test_split_is_one_pass_too(make_tiny_dataset):
+    path = make_tiny_dataset(10, per_shard=2, split={"train": 3, "val": 1, "test": 1})
+    data = module(path)
+    loader = data.test_dataloader()
+    assert rows(loader) == rows(loader) == [[8], [9]]
+    assert rows(data.val_dataloader()) == [[6], [7]]
+    assert module(make_tiny_dataset(2)).test_dataloader() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_pass_gives_each_sample_once_and_the_next_another_order(ten, num_workers):
+    data = module(ten, repeat=False, micro_batch_size=3, global_batch_size=3, num_workers=num_workers)
+    loader = data.train_dataloader()
+    passes = [list(loader) for _ in range(3)]
+    for batches in passes:
+        assert len(batches) == len(loader) == 4
+        assert sorted(flat(rows(batches))) == list(range(10))
+    assert len({str(rows(batches)) for batches in passes}) == 3
+
+
+def test_ranks_pass_over_equally_many_batches(seven_and_three, monkeypatch):
+    seen = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        loader = module(seven_and_three, repeat=False, global_batch_size=2).train_dataloader()
+        seen.append(list(loader))
+        assert len(seen[-1]) == len(loader) == 4
+    assert sorted(flat(rows(seen[0] + seen[1]))) == list(range(7))
+    (filler,) = [batch for batch in seen[0] + seen[1] if not batch["__key__"]]
+    assert not filler["loss_mask"].any()
+
+
+@pytest.mark.parametrize(("num_workers", "places"), [(0, range(1, 6)), (2, (4, 5))])
+def test_one_pass_resumes_from_anywhere_in_it(ten, num_workers, places):
+    """Some samples are skipped, so that the pass ends with batches without samples."""
+    options = {"seq_length": 4, "micro_batch_size": 2, "global_batch_size": 2, "repeat": False}
+    reference = module(ten, **options, num_workers=num_workers)
+    stream, states = [], []
+    for _ in range(2):
+        for batch in reference.train_dataloader():
+            stream.append(batch["__key__"])
+            states.append(through_a_checkpoint(reference.state_dict()))
+    per_pass = len(stream) // 2
+    assert len({key for keys in stream[:per_pass] for key in keys}) == 6
+    assert [] in stream[:per_pass]
+    for done in places:
+        resumed = module(ten, **options, num_workers=num_workers)
+        resumed.load_state_dict(states[done - 1])
+        rest = [batch["__key__"] for _ in range(2) for batch in resumed.train_dataloader()]
+        assert rest[: len(stream) - done] == stream[done:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_one_pass_over_nothing_usable_stops(ten, num_workers):
+    with pytest.raises(UserError, match="no sample could be used"):
+        rows(module(ten, seq_length=3, repeat=False, num_workers=num_workers).train_dataloader())
+
+
+def test_a_place_of_several_ranks_without_a_process_group_is_an_error_in_one_line(ten):
+    data = module(ten, global_batch_size=2, parallel=DataParallel(rank=0, size=2))
+    next(iter(data.train_dataloader()))
+    with pytest.raises(UserError, match="init_process_group first"):
+        data.state_dict()
+
+
+def test_one_pass_excludes_what_has_no_countable_batches(ten):
+    for options in (
+        {"virtual_epoch_length": 4},
+        {"bucket_by_shape": True},
+        {"max_seq_length": 8, "packing_buffer_size": 2},
+    ):
+        with pytest.raises(UserError, match="repeat=False"):
+            module(ten, repeat=False, **options)
+
+
+def test_texts_are_padded_to_the_longest_of_their_batch_on_request(ten):
+    encoder = BasicDiffusionTaskEncoder(text_padding="longest", text_embedding_padding_size=3)
+    for batch in module(ten, task_encoder=encoder, micro_batch_size=2, global_batch_size=2).train_dataloader():
+        lengths = batch["seq_len_kv"]
+        assert batch["t5_text_embeddings"].shape[1] == batch["t5_text_mask"].shape[1] == lengths.max() <= 3
+        for row, key in enumerate(batch["__key__"]):
+            values = batch["t5_text_embeddings"][row, :, 0]
+            assert (values[: lengths[row]] == int(key[-9:]) + 1).all()
+            assert not values[lengths[row] :].any()
+    with pytest.raises(UserError, match="text_padding must be one of fixed, longest"):
+        BasicDiffusionTaskEncoder(text_padding="short")
+
+
 def test_validation_without_a_val_split(ten):
     assert module(ten).val_dataloader() == []
     assert rows(module(ten, use_train_split_for_val=True).val_dataloader()) == [[row] for row in range(10)]
@@ -170,14 +259,14 @@ def test_a_place_that_was_resumed_and_saved_again_is_the_right_one(ten):
     options = {"num_workers": 2, "virtual_epoch_length": 12}
     stream = rows(module(ten, **options).train_dataloader())
     state, seen = {}, []
-    for batches in (5, 1, 1, 2):
+    for batches in (5, 1, 2):
         resumed = module(ten, **options)
         resumed.load_state_dict(state)
         iterator = iter(resumed.train_dataloader())
         seen += rows(next(iterator) for _ in range(batches))
         state = through_a_checkpoint(resumed.state_dict())
         resumed.teardown()
-    assert seen == stream[:9]
+    assert seen == stream[:8]
 
 
 def test_goes_on_after_its_workers_were_ended(ten):

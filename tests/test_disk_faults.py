@@ -25,7 +25,7 @@ from diffusion_data.media import MediaLoader
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_energon_dataset import Encoders, load_encoders, prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
-from tests.disk_faults import DiskModel, Handler, Operation, fail_at, full_from, kill_at, watched
+from tests.disk_faults import DiskModel, Handler, Operation, fail_at, full_from, kill_at, noted, watched
 from tests.small_source import prepare_config, source_rows, write_source
 
 ALL = os.environ.get("DIFFUSION_DATA_TEST_ALL") == "1"
@@ -33,13 +33,9 @@ SECONDS_FOR_A_RUN = 120
 
 
 def by_weather(row: dict[str, Any], *, media: MediaLoader, weather: str) -> MediaSample:
-    """A process function whose rows depend on the network: in a storm three fail, later two of other rows are gone."""
-    number = round(row["score"] * 10)
-    if Path(weather).read_text() == "storm":
-        if number in (1, 2, 4, 5, 6, 7, 9):
-            raise RowRejected(Reason.fetch_error, "no network")
-    elif number in (8, 9):
-        raise RowRejected(Reason.not_found, "no longer there")
+    """A process function whose rows depend on the network, which in a storm is down for most of them."""
+    if Path(weather).read_text() == "storm" and round(row["score"] * 10) in (1, 2, 4, 5, 6, 7, 9):
+        raise RowRejected(Reason.fetch_error, "no network")
     return media_caption(row, media=media)
 
 
@@ -76,7 +72,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
 def scene(request: pytest.FixtureRequest, encoders: Encoders, tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Ten rows in three shards, a row without a caption. After an outage all shards are made again.
 
-    One of these then has a tar that it had not, one another tar, and one loses its tar.
+    One of these has no tar until then, the others other ones.
     """
     folder = tmp_path_factory.mktemp("scene")
     rows = source_rows(10)
@@ -101,7 +97,7 @@ def scene(request: pytest.FixtureRequest, encoders: Encoders, tmp_path_factory: 
     output_dir = scene.copy_of_start(folder)
     with watched(output_dir, lambda _, operation: operations.append(operation)):
         scene.run(output_dir)
-    assert {path.name for path in output_dir.glob("*.tar")} == {"shard_000000.tar", "shard_000001.tar"}
+    assert len(list(output_dir.glob("*.tar"))) == 3
     scene.undisturbed.update(outcome(output_dir))
     return scene
 
@@ -167,7 +163,7 @@ def dies(scene: Scene, output_dir: Path, handler: Handler) -> None:
 
 
 def test_a_run_killed_at_any_operation_is_finished_by_the_next(scene: Scene, tmp_path: Path) -> None:
-    for number in numbers(scene, 8):
+    for number in numbers(scene, 5):
         output_dir = scene.copy_of_start(tmp_path / str(number))
         dies(scene, output_dir, kill_at(number))
         scene.run(output_dir)
@@ -179,25 +175,24 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_next(scene: Scene, tmp
 def test_a_fault_at_any_operation_is_an_error_that_says_what_to_do(
     scene: Scene, tmp_path: Path, fault: Callable[[int], Handler]
 ) -> None:
-    tolerated = []
-    for number in numbers(scene, 8):
+    """Also none that is no UserError, which would end with a traceback."""
+    for number in numbers(scene, 5):
         output_dir = scene.copy_of_start(tmp_path / str(number))
+        failed: list[Operation] = []
         told = None
         try:
-            with watched(output_dir, fault(number)):
+            with watched(output_dir, noted(fault(number), failed)):
                 scene.run(output_dir)
         except UserError as error:
             told = str(error)
-        if told is None:
-            tolerated.append(scene.operations[number])
+        if told is None:  # nothing failed, or a lock was not removed: the next start clears it
+            assert [each for each in failed if each.kind != "remove" or each.path.suffix != ".lock"] == []
         else:
             assert "run the same command again" in told
             assert "Input/output error" in told or "No space left" in told
         scene.run(output_dir)
         assert outcome(output_dir) == scene.undisturbed, scene.operations[number]
         shutil.rmtree(output_dir)
-    # The next start clears the lock of a rank that is gone.
-    assert [each for each in tolerated if each.kind != "remove" or each.path.suffix != ".lock"] == []
 
 
 LEFT = {
@@ -212,7 +207,7 @@ LEFT = {
 def test_a_power_cut_at_any_operation_is_made_good_by_the_next_run(scene: Scene, tmp_path: Path, left: str) -> None:
     first = scene.copy_of_start(tmp_path / "first")
     model = DiskModel(first)
-    chosen = numbers(scene, 6)
+    chosen = numbers(scene, 4)
     cut = tmp_path / "cut"
     recorded: list[Operation] = []
     with watched(first, lambda _, operation: recorded.append(operation)):

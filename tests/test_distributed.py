@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -84,6 +85,18 @@ def test_a_rank_that_is_only_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     with first, second:
         threading.Timer(1.5, lambda: second.publish("finished/1", True)).start()
         assert first.receive("finished/1", publisher=1) is True
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_came_to_work_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_SECONDS_OF_SILENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**started, **torchrun}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="torchrun, or the node that keeps its store, is gone"):
+        Ranks.connect()
 
 
 def test_after_a_restart_nothing_of_the_first_start_is_seen() -> None:

@@ -85,7 +85,9 @@ def optimizer_options(**changed: Any) -> OptimizerOptions:
 
 def lightning_module(model: DiT) -> DiffusionLightningModule:
     ema = EmaOptions(decay=None, validate=False)
-    return DiffusionLightningModule(model, LossOptions(sigma_data=0.5), optimizer_options(), ema, seed=0)
+    return DiffusionLightningModule(
+        model, LossOptions(sigma_data=0.5, timesteps="uniform"), optimizer_options(), ema, seed=0
+    )
 
 
 def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_data.durable_file import durable_file, remove_partial_files
+from diffusion_data.durable_file import (
+    durable_file,
+    explained,
+    flush_file,
+    make_folder,
+    read_plain_file,
+    remove_folder,
+    remove_partial_files,
+    sha256_of_file,
+    size_of_plain_file,
+)
+from diffusion_data.errors import UserError
 
 
 def test_what_is_written_appears_under_the_final_name_counted_and_hashed(tmp_path: Path) -> None:
@@ -59,3 +70,50 @@ def test_only_partial_files_are_cleared(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_bytes(b"somebody's")
     remove_partial_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "x.tar"]
+
+
+def test_folders_are_made_with_those_above_them_and_removed_whole(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a/b/c")
+    make_folder(tmp_path / "a/b/c")
+    (tmp_path / "a/b/c/file").write_bytes(b"x")
+    remove_folder(tmp_path / "a")
+    remove_folder(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("precious")
+    remove_folder(tmp_path / "link")
+    (tmp_path / ".x.1.partial").symlink_to("precious")
+    remove_partial_files(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["precious", "precious/file"]
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "pipe"])
+def test_only_plain_files_are_read_and_nothing_is_waited_for(tmp_path: Path, what: str) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_plain_file(tmp_path / "file") == b"abc"
+    assert size_of_plain_file(tmp_path / "file") == 3
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(b"abc").hexdigest()
+    match what:
+        case "link":
+            (tmp_path / "x").symlink_to("file")
+        case "folder":
+            (tmp_path / "x").mkdir()
+        case "pipe":
+            os.mkfifo(tmp_path / "x")
+    assert size_of_plain_file(tmp_path / "x") is None
+    with pytest.raises(OSError, match="x is not a plain file"):
+        read_plain_file(tmp_path / "x")
+    with pytest.raises(FileNotFoundError):
+        read_plain_file(tmp_path / "nothing")
+
+
+def test_what_the_disk_refuses_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"can't work in .*No such file.*run the same command again"),
+        explained(tmp_path),
+    ):
+        flush_file(tmp_path / "nothing")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
-from diffusion_data.encode_pipeline import BatchingConfig, EncodedRow, EncodedShard, EncodePipeline, batches_by_length
-from diffusion_data.errors import Reason, UserError
+from diffusion_data.encode_pipeline import EncodedRow, EncodedShard, EncodePipeline, batches_by_length
+from diffusion_data.errors import Reason
 from diffusion_data.latent_sample import LatentSample
 from diffusion_data.shard_plan import Shard
 from diffusion_data.t5_text_encoder import T5TextEncoder
@@ -84,7 +85,7 @@ def test_equal_shapes_are_encoded_together_up_to_the_pixel_budget(
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Recorder(monkeypatch, tokenizer, "encode")
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig(pixels_per_batch=3 * 32 * 32))
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=3 * 32 * 32, tokens=4096))
     rows = [decoded(0), decoded(1, width=48), decoded(2), decoded(3), decoded(4), decoded(5, frames=5)]
     samples_of(one_shard(pipeline.run((SHARD, row) for row in rows)))
     assert seen.batches == [
@@ -99,7 +100,7 @@ def test_pictures_waiting_for_company_are_bounded(
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Recorder(monkeypatch, tokenizer, "encode")
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig(pixels_per_batch=2 * 32 * 96))
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 32 * 96, tokens=4096))
     waiting: list[int] = []
 
     def rows() -> Iterator[tuple[Shard, DecodedRow]]:
@@ -116,7 +117,7 @@ def test_a_caption_is_encoded_once_a_shard_and_in_batches_of_similar_length(
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Recorder(monkeypatch, text_encoder, "encode_tokens")
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig(tokens_per_batch=12))
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=12))
     captions = ["red", "red circle", "red", "red circle on the left of a blue background", "red circle"]
     rows = [decoded(row, caption=caption) for row, caption in enumerate(captions)]
     samples = samples_of(one_shard(pipeline.run((SHARD, row) for row in rows)))
@@ -131,7 +132,7 @@ def test_a_caption_is_encoded_once_a_shard_and_in_batches_of_similar_length(
 def test_shards_come_out_one_by_one_in_row_order_with_their_rejects(
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder
 ) -> None:
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig())
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=4096))
     bad = RejectedRow(row=1, source_file="a", source_row=1, reason=Reason.not_found, message="gone")
     other = Shard(number=1, start=3, stop=5)
     rows = [(SHARD, decoded(0)), (SHARD, bad), (SHARD, decoded(2, width=48)), (other, decoded(3)), (other, decoded(4))]
@@ -161,7 +162,7 @@ def test_a_latent_that_is_not_finite_rejects_its_row_alone(
         return latents
 
     monkeypatch.setattr(tokenizer, "encode", spoil_second)
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig())
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=4096))
     results = samples_of(one_shard(pipeline.run((SHARD, decoded(row)) for row in range(3))))
     assert [isinstance(result, LatentSample) for result in results] == [True, False, True]
     assert isinstance(results[1], RejectedRow)
@@ -178,7 +179,7 @@ def test_samples_of_a_row_are_batched_with_those_of_others_and_come_out_together
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Recorder(monkeypatch, tokenizer, "encode")
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig())
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=4096))
     rows = [several(0, 32, 48, 32), decoded(1), several(2, 48)]
     (shard,) = pipeline.run((SHARD, row) for row in rows)
     assert sorted(seen.batches) == [(2, 1, 32, 48, 3), (3, 1, 32, 32, 3)]
@@ -188,7 +189,7 @@ def test_samples_of_a_row_are_batched_with_those_of_others_and_come_out_together
         ["samples/sample_000000001"],
         ["samples/sample_000000002"],
     ]
-    alone = samples_of(one_shard(EncodePipeline(tokenizer, text_encoder, BatchingConfig()).run([(SHARD, decoded(1))])))
+    alone = samples_of(one_shard(pipeline.run([(SHARD, decoded(1))])))
     together = samples_of(shard)[3]
     assert isinstance(together, LatentSample)
     assert isinstance(alone[0], LatentSample)
@@ -206,18 +207,21 @@ def test_a_sample_that_is_not_finite_rejects_its_whole_row(
         return latents * float("nan") if frames.shape[3] == 48 else latents
 
     monkeypatch.setattr(tokenizer, "encode", spoil_wide)
-    pipeline = EncodePipeline(tokenizer, text_encoder, BatchingConfig())
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=4096))
     rows = [several(0, 32, 32), several(1, 32, 48), decoded(2)]
     kinds = [type(row) for row in one_shard(pipeline.run((SHARD, row) for row in rows)).rows()]
     assert kinds == [EncodedRow, RejectedRow, EncodedRow]
 
 
-def test_budgets_below_one_are_refused() -> None:
-    with pytest.raises(UserError, match="pixels_per_batch and tokens_per_batch are at least 1"):
-        BatchingConfig(pixels_per_batch=0)
-
-
-def test_the_budget_of_pixels_follows_from_the_kind_of_device_unless_given() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [BatchingConfig().pixel_budget(device) for device in (cpu, cuda)] == [2 * 512 * 512, 16 * 512 * 512]
-    assert [BatchingConfig(pixels_per_batch=7).pixel_budget(device) for device in (cpu, cuda)] == [7, 7]
+def test_only_full_batches_are_compiled(
+    tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest comes in too many sizes. Which are full follows from the rows and the budget alone."""
+    monkeypatch.setattr(tokenizer, "encode_compiled", tokenizer.encode)  # compiling takes a minute
+    compiled = Recorder(monkeypatch, tokenizer, "encode_compiled")
+    plain = Recorder(monkeypatch, tokenizer, "encode")
+    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=3 * 32 * 32, tokens=4096), compiled=True)
+    rows = [*(decoded(row) for row in range(5)), decoded(5, width=48)]
+    samples_of(one_shard(pipeline.run((SHARD, row) for row in rows)))
+    assert compiled.batches == [(3, 1, 32, 32, 3)]
+    assert sorted(plain.batches) == [(1, 1, 32, 48, 3), (2, 1, 32, 32, 3)]

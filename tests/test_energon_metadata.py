@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 import yaml
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
-from diffusion_data.energon_metadata import write_energon_metadata
+from diffusion_data.energon_metadata import _index_in_process, write_energon_metadata
 from diffusion_data.prepare_energon_dataset import prepare
+from diffusion_data.process_server import process_context
 from tests.small_source import prepare_config, source_rows, write_source
 
 
@@ -79,3 +82,26 @@ def test_a_shard_that_energon_cannot_index_is_an_error_with_its_words(shards: Pa
     (shards / "shard_000000.tar").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"(?s)energon could not index .*has no samples"):
         write_energon_metadata(shards, sorted(path.name for path in shards.glob("*.tar")), (1, 0, 0), seed=0)
+
+
+def test_a_shard_with_another_number_of_samples_than_were_written_is_not_indexed(shards: Path) -> None:
+    files = sorted(path.name for path in shards.glob("*.tar"))
+    with pytest.raises(RuntimeError, match=r"^shard_000001\.tar: 4 samples, 5 were written$"):
+        write_energon_metadata(shards, files, (1, 0, 0), seed=0, written={**dict.fromkeys(files, 4), files[1]: 5})
+    assert sorted(os.listdir(shards)) == files
+
+
+def test_an_indexer_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Here one whose shard never comes: a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "shard_000000.tar")
+    (tmp_path / "log").touch()
+    end_of_starter, starter = process_context().Pipe(duplex=False)
+    arguments = (str(tmp_path), ["shard_000000.tar"], str(tmp_path / "log"), end_of_starter)
+    indexer = process_context().Process(target=_index_in_process, args=arguments)
+    indexer.start()
+    end_of_starter.close()
+    indexer.join(3)
+    assert indexer.is_alive()
+    starter.close()  # as its process's death does
+    indexer.join(60)
+    assert indexer.exitcode == -signal.SIGKILL

@@ -7,12 +7,16 @@ import gzip
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
+import ssl
+import subprocess
 import tempfile
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -289,15 +293,25 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with serving(monkeypatch) as web:
+        yield web
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, certificate: Path | None = None) -> Iterator[Any]:
     monkeypatch.setattr(http_fetch, "BACKOFF_SECONDS", 0.01)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
         web.daemon_threads = True
         web.requests = []  # type: ignore[attr-defined]
         web.targets = {}  # type: ignore[attr-defined]
         web.lock, web.busy = threading.Lock(), 0  # type: ignore[attr-defined]
-        web.url = f"http://127.0.0.1:{web.server_port}"  # type: ignore[attr-defined]
+        web.url = f"http{'s' if certificate else ''}://127.0.0.1:{web.server_port}"  # type: ignore[attr-defined]
+        if certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            web.socket = tls.wrap_socket(web.socket, server_side=True)
         thread = threading.Thread(target=web.serve_forever, args=(0.01,))
         thread.start()
         yield web
@@ -377,6 +391,43 @@ def test_slow_servers_time_out_in_time(server: Any, path: str) -> None:
     assert time.monotonic() - started < 1.5
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_is_verified_and_ends_in_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem = tmp_path / "server.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {pem} -out {tmp_path / 'certificate.pem'}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    with pem.open("a") as file:
+        file.write((tmp_path / "certificate.pem").read_text())
+    with serving(monkeypatch, pem) as web:
+        with pytest.raises(RowRejected, match=r"fetch_error: .*certificate verify failed"):
+            fetch(f"{web.url}/ok", **LOCAL)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+        assert fetch(f"{web.url}/ok", **LOCAL) == b"body"
+        assert reason(f"{web.url}/dripheader", **{**LOCAL, "fetch_timeout_seconds": 0.4}) == Reason.timeout
+
+
+def test_a_tls_handshake_that_drips_ends_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")
+                for _ in range(100):
+                    connection.sendall(b"\0")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        options = {**LOCAL, "fetch_timeout_seconds": 0.4, "fetch_retries": 0}
+        assert reason(f"https://127.0.0.1:{address[1]}/", **options) == Reason.timeout
+        assert time.monotonic() - started < 1.5
+        thread.join()
+
+
 def test_asked_to_wait_longer_than_there_is_time_gives_up_at_once(server: Any) -> None:
     started = time.monotonic()
     assert reason(f"{server.url}/wait_600", **LOCAL) == Reason.fetch_error
@@ -441,9 +492,19 @@ def test_slots_are_not_kept_where_others_may_write(tmp_path: Path, monkeypatch: 
     first.symlink_to(tmp_path)
     (tmp_path / f"diffusion_data-{os.getuid()}-1").mkdir()
     (tmp_path / f"diffusion_data-{os.getuid()}-1").chmod(0o777)
+    (tmp_path / f"diffusion_data-{os.getuid()}-2").touch()
     with HostSlots(1).hold("a", time.monotonic()):
-        assert list((tmp_path / f"diffusion_data-{os.getuid()}-2").iterdir())
-    assert (tmp_path / f"diffusion_data-{os.getuid()}-2").stat().st_mode & 0o777 == 0o700
+        assert list((tmp_path / f"diffusion_data-{os.getuid()}-3").iterdir())
+    assert (tmp_path / f"diffusion_data-{os.getuid()}-3").stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_place_for_slots_rows_are_to_be_tried_again(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(RowRejected, match=r"no file for its connection in .*nowhere") as rejected:
+        fetch(f"{server.url}/ok", **LOCAL, fetch_retries=1)
+    assert rejected.value.reason.retryable
 
 
 def test_a_name_that_changes_its_mind_between_check_and_connection_gains_nothing(

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.distributed import Ranks
 from diffusion_data.encode_cost import EncodeCost
-from diffusion_data.encode_pipeline import BatchingConfig
+from diffusion_data.errors import UserError
 from diffusion_data.forecast import Forecast, _places, make_forecast
 from diffusion_data.forecast_text import Machines, expected_bytes, forecast_text, seconds_per_row
 from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig
@@ -74,7 +76,9 @@ def test_the_bytes_of_a_source_that_is_only_sampled_are_within_a_tenth(tmp_path:
     source = ParquetSource.open(config.source.path)
     shards = plan_shards(source.num_rows, 300, (1, 0, 0))
     with Ranks.connect() as ranks, _decode_workers(config, ranks, encoders.tokenizer) as workers:
-        forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, config.batching)
+        forecast = make_forecast(
+            source, workers, encoders.tokenizer, encoders.text_encoder, config.batching.budgets(None)
+        )
     assert forecast.looked_at == 384
     totals = prepare(config, encoders)
     assert totals is not None
@@ -111,13 +115,34 @@ def test_a_clip_longer_than_a_batch_is_tried_with_fewer_frames() -> None:
     cost = EncodeCost(
         CosmosTokenizer.from_pretrained("tiny-cosmos"),
         T5TextEncoder.from_pretrained("tiny-t5"),
-        BatchingConfig(pixels_per_batch=9 * 32 * 32),
+        Budgets(pixels=9 * 32 * 32, tokens=4096),
     )
     cost.add(np.zeros((41, 32, 32, 3), np.uint8), [1, 2])
     cost.add(np.zeros((1, 32, 32, 3), np.uint8), [1, 2])
     assert [batch[0].shape for batch in cost._batches.values()] == [(9, 32, 32, 3), (1, 32, 32, 3)]
     assert cost.frame_seconds() > 0
     assert cost.caption_seconds() > 0
+
+
+def test_a_batch_that_memory_does_not_suffice_for_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = CosmosTokenizer.from_pretrained("tiny-cosmos")
+    cost = EncodeCost(tokenizer, T5TextEncoder.from_pretrained("tiny-t5"), Budgets(pixels=5 * 32 * 32, tokens=4096))
+    for _ in range(5):
+        cost.add(np.zeros((1, 32, 32, 3), np.uint8), [1, 2])
+    tried, encode, limit = [], tokenizer.encode, 2
+
+    def with_little_memory(frames: torch.Tensor) -> torch.Tensor:
+        tried.append(len(frames))
+        if len(frames) > limit:
+            raise torch.OutOfMemoryError
+        return encode(frames)
+
+    monkeypatch.setattr(tokenizer, "encode", with_little_memory)
+    assert cost.frame_seconds() > 0
+    assert tried == [5, 3, 2, 2]
+    limit = 0
+    with pytest.raises(UserError, match=r"cpu has too little memory for one sample of \(1, 32, 32, 3\) pixels"):
+        cost.frame_seconds()
 
 
 def test_the_slowest_part_decides_how_long_it_takes() -> None:

@@ -26,6 +26,7 @@ ONLINE = {
     "fake_latents",
     "fake_loader",
     "latent_scaling",
+    "late_reading",
     "loader_state",
     "packed_layout",
     "packing",
@@ -42,6 +43,7 @@ ONLINE = {
     "shared_counts",
     "skip_counts",
     "testing",
+    "text_conversion",
     "text_dropout",
     "training_stream",
 }
@@ -111,7 +113,7 @@ def test_the_offline_half_needs_the_online_half_only_to_read_back_what_it_made()
 def test_the_report_is_imported_only_when_the_job_is_done() -> None:
     for module in modules() - LOOKING_BACK:
         used = imports_of(module) & LOOKING_BACK
-        if module == "prepare_energon_dataset":
+        if module == "job_report":
             assert used == {"report", "report_sheet"}
             assert not imports_of(module, everywhere=False) & LOOKING_BACK
         else:

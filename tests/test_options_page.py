@@ -43,7 +43,8 @@ def test_the_page_is_current() -> None:
 
 
 def test_it_names_exactly_the_options_of_prepare() -> None:
-    arguments = {"process_func.media_column", "process_func.caption_column"}  # the recipe's
+    names = ("media_column", "caption_column", "caption_template", "keep_captions")
+    arguments = {f"process_func.{name}" for name in names}  # the recipe's
     assert named("scripts/prepare_energon_dataset.py", "scripts/train.py") == (
         existing("prepare", "recipe=media_caption") - arguments
     )

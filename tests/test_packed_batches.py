@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -103,9 +105,19 @@ def test_the_lengths_tell_where_each_sample_lies(mixed):
 def test_every_sample_comes_once_in_a_pass_over_packed_batches(mixed):
     validated = rows(module(mixed, **PACKED, num_workers=0).val_dataloader())
     assert sorted(flat(validated)) == list(range(30, 40))
-    data = module(mixed, **{**PACKED, "virtual_epoch_length": 12})
-    seen = flat(rows(data.train_dataloader()))
-    assert sorted(seen[:30]) == list(range(30))  # buffers of 10 hold a pass of 30 exactly
+    data = module(mixed, **{**PACKED, "virtual_epoch_length": 60})
+    counts = Counter(flat(rows(data.train_dataloader())))
+    assert len(counts) == 30
+    assert max(counts.values()) - min(counts.values()) <= 2  # the last pass isn't over, and a few wait in the buffer
+
+
+def test_a_sample_waits_for_a_fuller_sequence_once_at_most(tmp_path):
+    """One clip leaves more room than any other sequence would, whenever it comes."""
+    shapes = [(1, 1, 4, 8)] * 9 + [(1, 1, 6, 6)]  # 8 patches, which fill sequences of 16 by twos, and 9
+    path = write_dataset(tmp_path / "ds", [tiny_sample(row, shape) for row, shape in enumerate(shapes)])
+    data = module(path, max_seq_length=16, packing_buffer_size=5, virtual_epoch_length=60)
+    counts = Counter(flat(rows(data.train_dataloader())))
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_an_epoch_of_packed_batches_is_about_a_pass(mixed):
@@ -160,7 +172,7 @@ def test_at_least_95_percent_of_positions_are_used_on_a_mixed_set(tmp_path):
         virtual_epoch_length=30,
     )
     shares = [batch["loss_mask"].mean().item() for batch in data.train_dataloader()]
-    assert np.mean(shares) >= 0.95
+    assert np.mean(shares) >= 0.97
     assert data.task_encoder.positions.used_share == pytest.approx(np.mean(shares), abs=1e-3)
 
 
@@ -185,6 +197,22 @@ def test_packing_options_that_do_not_fit_are_refused(mixed):
         module(mixed, packing_buffer_size=8)
     with pytest.raises(UserError, match="bucket_by_shape"):
         module(mixed, max_seq_length=8, packing_buffer_size=8, bucket_by_shape=True)
+
+
+def test_the_task_encoder_may_bring_the_length_of_packed_sequences(mixed):
+    data = module(mixed, packing_buffer_size=4, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+    assert next(iter(data.train_dataloader()))["video"].shape[1] == 16
+    with pytest.raises(UserError, match="max_seq_length=24, but the task encoder was made with 16"):
+        module(mixed, **PACKED, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+    with pytest.raises(UserError, match="packing_buffer_size is not set"):
+        module(mixed, task_encoder=BasicDiffusionTaskEncoder(max_seq_length=16))
+
+
+def test_lengths_are_rounded_up_to_a_multiple_on_request(mixed):
+    encoder = BasicDiffusionTaskEncoder(length_multiple=16)
+    batch = next(iter(module(mixed, task_encoder=encoder).train_dataloader()))
+    assert batch["video"].shape[1] == 16  # the longest has 12 patches
+    assert batch["t5_text_embeddings"].shape[1] == 512
 
 
 def test_a_state_of_another_layout_is_refused(mixed):

@@ -1,10 +1,14 @@
+import json
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.errors import UserError
 from diffusion_data.parallel_ranks import data_parallel, gradient_accumulation_steps
+from tests.rank_processes import run_ranks
 
 
 def fake_megatron(initialised: bool) -> SimpleNamespace:
@@ -61,3 +65,60 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_would(global_b
 def test_batch_sizes_below_one_are_refused():
     with pytest.raises(UserError, match="at least 1"):
         gradient_accumulation_steps(8, 0, 1)
+
+
+def read_with_mesh(dataset, folder) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    data = DiffusionDataModule(dataset, global_batch_size=2, num_workers=0, device_mesh=mesh)
+    batches = list(data.train_dataloader())
+    seen = {
+        "keys": [batch["__key__"][0] for batch in batches],
+        "length": batches[0]["video"].shape[1],
+        "states": len(data.state_dict()["ranks"]),
+        "steps": data.gradient_accumulation_steps,
+    }
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def test_tensor_parallel_ranks_of_a_device_mesh_read_the_same_padded_to_what_they_share_out(
+    make_tiny_dataset, tmp_path
+):
+    dataset = make_tiny_dataset(8, latent_shapes=[(4, 1, 2, 6), (4, 1, 2, 2)])  # 3 patches at most
+    assert run_ranks(4, read_with_mesh, dataset, tmp_path) == [0] * 4
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert ranks[0] == ranks[1]
+    assert ranks[2] == ranks[3]
+    assert len({*ranks[0]["keys"], *ranks[2]["keys"]}) == 8
+    assert ranks[0]["length"] == 4  # a multiple of 2 x 2
+    assert ranks[0]["states"] == 2
+    assert ranks[0]["steps"] == 1
+
+
+class Mesh:
+    """As much of a DeviceMesh as is asked: a process group of 48 ranks is more than a test can start."""
+
+    def __init__(self, coordinates: dict[str, tuple[int, int]]) -> None:
+        self.mesh_dim_names = tuple(coordinates)
+        self.ndim = len(coordinates)
+        self._of = list(coordinates.values())
+
+    def size(self, dim):
+        return self._of[dim][1]
+
+    def get_local_rank(self, dim):
+        return self._of[dim][0]
+
+
+def test_data_dimensions_of_a_mesh_are_counted_together_and_the_others_are_shared():
+    mesh = Mesh({"pp": (1, 2), "dp_replicate": (1, 2), "dp_shard": (2, 3), "cp": (0, 2), "tp": (1, 2)})
+    parallel = data_parallel(device_mesh=mesh)
+    assert (parallel.rank, parallel.size, parallel.length_multiple) == (5, 6, 8)
+    assert data_parallel(SimpleNamespace(strategy=SimpleNamespace(_device_mesh=mesh))) == parallel
+    assert data_parallel(device_mesh=Mesh({"data_parallel": (1, 2), "tensor_parallel": (0, 1)})).length_multiple == 1
+
+
+def test_a_mesh_dimension_of_unknown_meaning_is_refused():
+    with pytest.raises(UserError, match="dimension 'model'"):
+        data_parallel(device_mesh=Mesh({"dp": (0, 2), "model": (0, 2)}))

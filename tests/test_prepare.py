@@ -19,8 +19,8 @@ import torch
 import yaml
 from PIL import Image
 
+from diffusion_data.batching import BatchingConfig
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.encode_pipeline import BatchingConfig
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.latent_sample import LatentSample
 from diffusion_data.media import MediaConfig, MediaLoader
@@ -345,8 +345,17 @@ def test_what_an_outage_of_the_network_rejected_is_tried_again(tmp_path: Path) -
 def test_ways_to_fetch_may_change_between_runs(tmp_path: Path) -> None:
     source = small(tmp_path, 4)
     prepare(prepare_config(source, tmp_path / "out"))
-    other = MediaConfig(short_side=48, allowed_roots=("/elsewhere",), allowed_hosts=("a",), fetch_timeout_seconds=1.0)
-    prepare(prepare_config(source, tmp_path / "out", media=other))
+    other = MediaConfig(
+        short_side=48,
+        allowed_roots=("/elsewhere",),
+        allowed_hosts=("a",),
+        fetch_timeout_seconds=1.0,
+        fetch_retries=0,
+        max_redirects=0,
+        max_connections_per_host=1,
+        max_fetch_bytes=1,
+    )
+    prepare(prepare_config(source, tmp_path / "out", media=other, row_timeout_seconds=1.0, max_reject_rate=0.5))
 
 
 def test_a_source_may_move_to_another_folder(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import Reason, UserError
+from diffusion_data.ledger import LedgerEntry
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED
-from diffusion_data.reject_limit import counted
+from diffusion_data.reject_limit import RejectLimit
 from diffusion_data.shard_plan import Shard
 from tests.test_distributed import ranks
 from tests.test_encode_pipeline import decoded
@@ -27,7 +28,7 @@ def results(written: int, *reasons: Reason) -> Iterator[tuple[Shard, DecodedRow 
 
 
 def pass_on(rank: Ranks, limit: float, written: int, *reasons: Reason) -> int:
-    return sum(1 for _ in counted(results(written, *reasons), rank, limit))
+    return sum(1 for _ in RejectLimit(rank, limit).watch(results(written, *reasons)))
 
 
 def test_what_passes_is_counted_for_all_ranks() -> None:
@@ -58,3 +59,32 @@ def test_at_the_limit_the_run_goes_on() -> None:
     (only,) = ranks(1)
     assert pass_on(only, 0.05, 380, *[Reason.empty] * 20) == 400
     assert pass_on(ranks(1)[0], 1.0, 0, *[Reason.empty] * 400) == 400
+
+
+def entry(*reasons: Reason) -> LedgerEntry:
+    return LedgerEntry(
+        shard=0,
+        start=0,
+        stop=400,
+        file="a",
+        num_bytes=1,
+        sha256="",
+        written=400 - len(reasons),
+        samples=400 - len(reasons),
+        captions_cut=0,
+        fingerprint="",
+        rejected=[{"row": 0, "reason": reason.value} for reason in reasons],
+    )
+
+
+def test_what_the_encoders_reject_counts_too_and_once() -> None:
+    (only,) = ranks(1)
+    limit = RejectLimit(only, 0.05)
+    assert sum(1 for _ in limit.watch(results(390, *[Reason.empty] * 10))) == 400
+    limit.shard_written(entry(*[Reason.empty] * 10, *[Reason.non_finite_latent] * 10))
+    limit.count()
+    assert only.count(ROWS_REJECTED) == 20
+    assert sum(1 for _ in limit.watch(results(1))) == 1
+    limit.shard_written(entry(Reason.non_finite_latent, Reason.non_finite_latent))
+    with pytest.raises(UserError, match=r"22 of 401 rows .*\(on this rank: non_finite_latent 12, empty 10\)"):
+        limit.count()

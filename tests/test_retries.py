@@ -108,10 +108,15 @@ def test_without_being_asked_few_failed_rows_are_left_alone(run: Run) -> None:
     assert (run.asked(), run.state()) == ([], before)
 
 
-def test_rows_that_still_fail_are_asked_for_alone_and_change_nothing(run: Run) -> None:
+def test_rows_that_still_fail_are_asked_for_alone_and_change_nothing(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = run.state()
     assert run.totals() == (5, {"timeout": 1, "fetch_error": 1, "null_caption": 1})
     assert (run.asked(), run.state()) == ([1, 6], before)
+    said = capsys.readouterr().out
+    assert "rows that the network failed: in 0 of 2 shards some can be had now" in said
+    assert "; retry_rejected=network tries again what the network failed" in said
 
 
 def test_a_shard_that_gains_a_row_is_what_it_had_been_if_the_row_had_succeeded_at_once(run: Run) -> None:
@@ -129,13 +134,16 @@ def test_a_shard_that_gains_a_row_is_what_it_had_been_if_the_row_had_succeeded_a
     assert rejected == [6, 7]
 
 
-def test_a_row_that_was_written_is_not_lost_when_the_network_fails_it_now(run: Run) -> None:
+def test_a_row_that_was_written_is_not_lost_when_the_network_fails_it_now(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     run.up(1)
     run.down(2)
     before, tars = run.state(), tar_bytes(run.out)
     assert run.totals() == (5, {"timeout": 1, "fetch_error": 1, "null_caption": 1})
     assert run.asked() == [1, 6, 0, 1, 2, 3]
     assert tar_bytes(run.out) == tars
+    assert "shard_000000.tar stays as it was: now other rows of it failed" in capsys.readouterr().out
     assert {name for name in before if before[name] != run.state().get(name)} <= {
         name for name in before if name.startswith(".nv-meta")
     }

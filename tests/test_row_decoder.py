@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,10 @@ def process(row: dict[str, Any]) -> MediaSample:
         raise ValueError("x" * 100_000)
     if row["does"] == "reject":
         raise RowRejected(Reason.not_found, "half a pair \ud83d")
-    frames = Frames(pixels=np.zeros((1, 32, 32, 3), np.uint8), fps=None, source_height=32, source_width=32)
+    side: Any = np.int64(32)
+    frames = Frames(
+        pixels=np.zeros((1, 32, 32, 3), np.uint8), fps=row.get("fps"), source_height=side, source_width=side
+    )
     return MediaSample(frames=frames, caption=row.get("caption", "x"), metadata=row.get("metadata", {}))
 
 
@@ -52,6 +57,44 @@ def test_text_that_is_no_unicode_rejects_the_row(values: dict[str, Any], reason:
     rejected = decode(**values)
     assert isinstance(rejected, RejectedRow)
     assert rejected.reason is reason
+
+
+def within_itself() -> dict[str, Any]:
+    tags: list[Any] = []
+    tags.append(tags)
+    return {"tags": tags}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"\ud83d": 1}, {"tags": {"\ud83d": 1}}, {"number": 10**5000}, {"raw": [b"x"]}, {"mine": object()}],
+    ids=["name", "key", "number", "bytes", "object"],
+)
+def test_metadata_that_json_can_not_hold_rejects_the_row(metadata: dict[str, Any]) -> None:
+    rejected = decode(metadata=metadata)
+    assert rejected.reason is Reason.bad_metadata
+    json.dumps(rejected.to_json(), ensure_ascii=False).encode()
+
+
+def test_metadata_within_itself_rejects_the_row() -> None:
+    assert decode(metadata=within_itself()).reason in (Reason.bad_metadata, Reason.process_func_error)
+
+
+def test_numbers_that_json_has_no_word_for_become_null() -> None:
+    values = {"a": float("nan"), "b": Decimal("Infinity"), "c": [np.float32("nan")], "d": Decimal("1.5"), 7: 1}
+    assert decode(metadata=values).samples[0].metadata == {"a": None, "b": None, "c": [None], "d": 1.5, "7": 1}
+
+
+class Text(str):
+    """As a user's own kind of text; pickle would look for it in vain where it is local."""
+
+
+def test_numpys_numbers_and_other_kinds_of_text_are_plain_ones() -> None:
+    (row,) = decode(fps=np.float32(8), caption=Text("a circle"), metadata={"note": Text("mine")}).samples
+    assert type(row.metadata["note"]) is str
+    assert (type(row.framerate), row.framerate) == (float, 8.0)
+    assert (type(row.image_height), type(row.image_width)) == (int, int)
+    assert (type(row.caption), row.caption) == (str, "a circle")
 
 
 def test_what_goes_into_the_ledger_is_short_and_can_be_written() -> None:

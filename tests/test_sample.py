@@ -35,7 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, colour in COLOURS.items()
     ]
     prepare(prepare_config(write_source(folder / "source.parquet", rows), folder / "dataset"))
-    options = [f"data.path={folder / 'dataset'}", "data.num_workers=0", "data.micro_batch_size=8", "model=dit_tiny"]
+    options = [f"data.path={folder / 'dataset'}", "data.num_workers=0", "data.micro_batch_size=4", "model=dit_tiny"]
+    options += [
+        "data.global_batch_size=4",
+        "++data.max_seq_length=24",
+        "++data.packing_buffer_size=8",
+    ]  # two a sequence
+    options += ["++data.task_encoder.latent_scaling=per_channel", "++data.task_encoder.text_dropout=0.1"]
     options += ["model.hidden_size=48", "model.depth=2", "model.num_heads=4", "trainer.max_steps=150"]
     options += ["trainer.accelerator=cpu", "optimizer.learning_rate=0.005", "ema.decay=0.9"]
     with pytest.MonkeyPatch.context() as patch:

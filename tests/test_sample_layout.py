@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, chain
 from typing import Any
 
 import pytest
 import torch
 
+from diffusion_data.energon_loaders import without_samples
 from diffusion_data.patchify import position_ids_3d
 from diffusion_data.scripts.dit import DiT
 from diffusion_data.scripts.rectified_flow import rectified_flow_loss
-from diffusion_data.scripts.sample_layout import layout_of, without_padding
+from diffusion_data.scripts.sample_layout import SampleARow, layout_of, without_padding
 
 PATCH_CHANNELS, TEXT_DIM = 12, 10
 SHAPES = ((1, 2, 3), (2, 2, 2), (1, 1, 5), (3, 1, 2), (1, 4, 4))
@@ -113,7 +115,7 @@ def test_packed_batch_has_the_loss_and_gradients_of_its_samples_one_by_one(
     losses = [loss(model, [sample], alone(sample)) * len(sample["video"]) / positions for sample in samples]
     torch.stack(losses).sum().backward()
 
-    assert together.item() == pytest.approx(sum(losses).item(), rel=1e-5)  # type: ignore[union-attr]
+    assert together.item() == pytest.approx(torch.stack(losses).sum().item(), rel=1e-5)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -157,11 +159,32 @@ def test_no_padding_is_left_of_a_packed_batch(samples: Samples) -> None:
     assert layout_of(batch).spread(torch.arange(5.0)[:, None]).flatten().tolist() == list(of_samples)
 
 
+@pytest.mark.parametrize("make", [lambda samples: packed(samples, [3, 2]), lambda samples: alone(samples[0])])
+def test_a_batch_without_samples_counts_for_nothing(
+    model: DiT, samples: Samples, make: Callable[[Samples], dict[str, Any]]
+) -> None:
+    """What a rank that has fewer samples than others is given at the end of a pass."""
+    batch = make(samples)
+    nothing = without_samples(batch)
+    model.zero_grad()
+    without = loss(model, samples[: len(batch["__key__"])], nothing)
+    without.backward()
+
+    assert without.item() == 0
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+    counts = without_padding(nothing)
+    assert (counts["num_samples"], counts["num_tokens"]) == (0, 0)
+
+
 def test_samples_of_one_length_are_attended_to_without_a_mask(model: DiT, samples: Samples) -> None:
     """Only without one do the quickest kernels take a batch of a bucket."""
     batch = without_padding(alone(samples[0]))
-    assert layout_of(batch).mask is not None  # type: ignore[union-attr]
+    layout = layout_of(batch)
+    assert isinstance(layout, SampleARow)
+    assert layout.mask is not None
     full = {key: value[:, :6] if key in ("video", "loss_mask", "pos_ids") else value for key, value in batch.items()}
 
-    assert layout_of(full).mask is None  # type: ignore[union-attr]
+    layout = layout_of(full)
+    assert isinstance(layout, SampleARow)
+    assert layout.mask is None
     assert loss(model, [samples[0]], full).item() == pytest.approx(loss(model, [samples[0]], batch).item(), rel=1e-6)

@@ -34,6 +34,15 @@ def test_the_default_size_suits_a_few_rows_and_a_hundred_million(num_rows: int, 
     assert (found[0], len(found)) == (first, count)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "sample_bytes", "rows"),
+    [(100_000_000, 213_000, 5_041), (1_000_000, 213_000, 1_954), (100_000_000, 10**9, 32), (100, 10**9, 32)],
+)
+def test_the_default_size_keeps_a_shard_below_a_gibibyte(num_rows: int, sample_bytes: int, rows: int) -> None:
+    assert plan_shards(num_rows, None, (1, 0, 0), sample_bytes)[0].num_rows == rows
+    assert plan_shards(num_rows, 50, (1, 0, 0), sample_bytes)[0].num_rows == 50  # what was asked for counts
+
+
 def test_there_are_at_least_as_many_shards_as_splits() -> None:
     assert sizes(10, 100, (8, 1, 1)) == [3, 4, 3]
     assert sizes(3, 100, (8, 1, 1)) == [1, 1, 1]

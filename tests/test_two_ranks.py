@@ -66,16 +66,18 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def fit(dataset: Path, folder: Path, options: dict[str, Any], kill: tuple[int, int] | None) -> None:
+def fit(
+    dataset: Path, folder: Path, options: dict[str, Any], kill: tuple[int, int] | None, max_steps: int = STEPS
+) -> None:
     """A rank of a training run that goes on from its newest checkpoint. kill: (rank, micro batch)."""
     data = make_data(dataset, **options)
     rank = int(os.environ["RANK"])
     module = Recorder(folder / f"rank{rank}.jsonl", kill[1] if kill and kill[0] == rank else None)
     checkpoints = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = pl.Trainer(
-        max_steps=STEPS,
+        max_steps=max_steps,
         accelerator="cpu",
-        devices=2,
+        devices=int(os.environ["WORLD_SIZE"]),
         strategy="ddp",
         plugins=[TorchElasticEnvironment()],
         logger=False,
@@ -183,6 +185,21 @@ def test_as_many_workers_on_another_number_of_ranks_go_on_where_they_were(datase
     ]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["batches_done"] == 10
     assert run(2, 1, 2) == [batches[5:7] for batches in begun_and_more]
+
+
+def test_lightning_goes_on_with_the_same_steps_on_another_number_of_ranks(dataset: Path, tmp_path: Path) -> None:
+    """Steps 3 to 6 of one rank with two workers have the samples that two ranks with one each would have."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    for folder in (whole, moved):
+        folder.mkdir()
+    assert run_ranks(2, fit, dataset, whole, {"num_workers": 1}, None, 6) == [0, 0]
+    assert run_ranks(2, fit, dataset, moved, {"num_workers": 1}, None, 3) == [0, 0]
+    (moved / "rank0.jsonl").unlink()
+    assert run_ranks(1, fit, dataset, moved, {"num_workers": 2}, None, 6) == [0]
+    keys = [[what for kind, _, *what in seen(whole, rank) if kind == "train"] for rank in range(2)]
+    alone = [what for kind, _, *what in seen(moved, 0) if kind == "train"]
+    assert len(alone) == 3 * 4
+    assert alone == [batch for pair in zip(keys[0][6:], keys[1][6:], strict=True) for batch in pair]
 
 
 def train_sharded(dataset: Path, folder: Path) -> None:
