@@ -39,6 +39,8 @@ def _graph(frame: Any) -> Any:
     import av
 
     graph = av.filter.Graph()
+    if hasattr(graph, "threads"):  # an older PyAV can't be told
+        graph.threads = 1  # one worker a core already
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     # send_frame: a picture for each frame, not for each half of one; deint: only what is flagged.
     graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))

@@ -27,6 +27,7 @@ from diffusion_data.media import MediaLoader
 from diffusion_data.media_config import MediaConfig
 from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample, checked_caption, is_unicode
+from diffusion_data.resize import plan_resize
 from diffusion_data.sources import Row
 
 
@@ -52,6 +53,13 @@ class RowDecoder:
 
     def __post_init__(self) -> None:
         ClipLengths.of(self.media, self.temporal_compression)  # refuses limits that leave no length
+        if self.media.short_side is not None:
+            sides = [self.media.short_side, *self.media.extra_short_sides]
+            rounded = [plan_resize(side, side, side, self.size_multiple).height for side in sides]
+            if len(set(rounded)) < len(rounded):
+                raise UserError(
+                    f"media.extra_short_sides: of {sides} pixels some are the same in multiples of {self.size_multiple}"
+                )
 
     def __call__(self, row: Row) -> DecodedRow | RejectedRow:
         started, cpu_started = time.perf_counter(), time.thread_time()

@@ -106,7 +106,8 @@ class RunFolder:
 
     def drop_metadata(self) -> None:
         """What is about to change must not look finished."""
-        remove_energon_metadata(self.output_dir)
+        with explained(self.output_dir):
+            remove_energon_metadata(self.output_dir)
 
 
 def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:

@@ -18,7 +18,7 @@ from make_sample_data import encode_clip
 from PIL import Image
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
-from diffusion_data.prepare_energon_dataset import Encoders
+from diffusion_data.encoders import Encoders
 from diffusion_data.t5_text_encoder import T5TextEncoder
 
 SMALL_COSMOS = "small-cosmos"

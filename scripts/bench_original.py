@@ -16,7 +16,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from diffusion_data.prepare_energon_dataset import Encoders
+from diffusion_data.encoders import Encoders
 
 
 @torch.inference_mode()

@@ -32,10 +32,11 @@ from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
 from diffusion_data.batching import BatchingConfig, free_bytes
 from diffusion_data.distributed import usable_cpus
 from diffusion_data.encode_pipeline import batches_by_length
+from diffusion_data.encoders import Encoders
 from diffusion_data.finish import Totals
 from diffusion_data.media import MediaConfig
 from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, TokenizerConfig
-from diffusion_data.prepare_energon_dataset import Encoders, prepare
+from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.sources import SourceConfig
 from diffusion_data.stage_times import WAITS, StageTimes
 

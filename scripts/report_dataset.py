@@ -25,7 +25,7 @@ from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import tokenizer_of
 from diffusion_data.errors import UserError
 from diffusion_data.prepare_config import PrepareConfig
-from diffusion_data.prepare_energon_dataset import row_decoder
+from diffusion_data.process_func_options import row_decoder
 from diffusion_data.report import write_report
 from diffusion_data.report_sheet import SheetOptions
 from diffusion_data.scripts.preview_dataset import positive

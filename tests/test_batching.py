@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_data import batching, prepare_energon_dataset
+from diffusion_data import batching, prepare_job
 from diffusion_data.batching import BatchingConfig, Budgets, fingerprint_fields, free_bytes
 from diffusion_data.errors import UserError
 from diffusion_data.prepare_energon_dataset import prepare
@@ -63,11 +63,11 @@ def test_a_run_goes_on_with_the_budgets_it_began_with_and_refuses_others_by_name
     """As on another card, whose free memory suggests other ones."""
     source, output = write_source(tmp_path / "source.parquet", source_rows(6)), tmp_path / "out"
     config = prepare_config(source, output)
-    monkeypatch.setattr(prepare_energon_dataset, "free_bytes", lambda device: 10 * GIB)
+    monkeypatch.setattr(prepare_job, "free_bytes", lambda device: 10 * GIB)
     prepare(config)
     written = json.loads((output / "run/fingerprint.json").read_text())["batching"]
     assert written == {"pixels_per_batch": 4 * PICTURE, "tokens_per_batch": 1024}
-    monkeypatch.setattr(prepare_energon_dataset, "free_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(prepare_job, "free_bytes", lambda device: 80 * GIB)
     prepare(config)
     with pytest.raises(UserError, match=r"batching\.tokens_per_batch: 1024 -> 4096"):
         prepare(prepare_config(source, output, batching=batching.BatchingConfig(tokens_per_batch=4096)))

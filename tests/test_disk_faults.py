@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion_data.encoders import Encoders, load_encoders
 from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.media import MediaLoader
 from diffusion_data.prepare_config import PrepareConfig
-from diffusion_data.prepare_energon_dataset import Encoders, load_encoders, prepare
+from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
 from tests.disk_faults import DiskModel, Handler, Operation, fail_at, full_from, kill_at, noted, watched
 from tests.small_source import prepare_config, source_rows, write_source

@@ -15,11 +15,13 @@ from diffusion_data.batching import Budgets
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.distributed import Ranks
 from diffusion_data.encode_cost import EncodeCost
+from diffusion_data.encode_shards import decode_workers
+from diffusion_data.encoders import load_encoders
 from diffusion_data.errors import UserError
 from diffusion_data.forecast import Forecast, _places, make_forecast
 from diffusion_data.forecast_text import Machines, expected_bytes, forecast_text, seconds_per_row
 from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig
-from diffusion_data.prepare_energon_dataset import _decode_workers, load_encoders, prepare
+from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.shard_plan import Shard, plan_shards
 from diffusion_data.sources import ParquetSource, SourceFile
 from diffusion_data.spread import at_even_distances, coarse_to_fine
@@ -75,10 +77,9 @@ def test_the_bytes_of_a_source_that_is_only_sampled_are_within_a_tenth(tmp_path:
     encoders = load_encoders(config, CosmosTokenizer.from_pretrained("tiny-cosmos").device)
     source = ParquetSource.open(config.source.path)
     shards = plan_shards(source.num_rows, 300, (1, 0, 0))
-    with Ranks.connect() as ranks, _decode_workers(config, ranks, encoders.tokenizer) as workers:
-        forecast = make_forecast(
-            source, workers, encoders.tokenizer, encoders.text_encoder, config.batching.budgets(None)
-        )
+    with Ranks.connect() as ranks, decode_workers(config, ranks, encoders.tokenizer) as workers:
+        budgets = config.batching.budgets(None)
+        forecast = make_forecast(source, workers, encoders.tokenizer, encoders.text_encoder, budgets)
     assert forecast.looked_at == 384
     totals = prepare(config, encoders)
     assert totals is not None

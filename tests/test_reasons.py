@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_data.encoders import load_encoders
 from diffusion_data.errors import Reason
 from diffusion_data.media import MediaConfig, MediaLoader
-from diffusion_data.prepare_energon_dataset import load_encoders, prepare
+from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
 from tests.media_files import encoded, write_video
 from tests.small_source import clip_bytes, picture_bytes, prepare_config

@@ -127,3 +127,15 @@ def test_a_number_of_frames_that_the_tokenizer_cuts_below_the_least_is_refused()
             temporal_compression=4,
             size_multiple=16,
         )
+
+
+def test_sizes_that_the_tokenizer_makes_the_same_are_refused() -> None:
+    with pytest.raises(UserError, match=r"media\.extra_short_sides: of \[64, 60\] pixels some are the same"):
+        RowDecoder(
+            process_func=f"{__name__}.process",
+            arguments={},
+            metadata_columns=(),
+            media=MediaConfig(short_side=64, extra_short_sides=(60,)),
+            temporal_compression=4,
+            size_multiple=16,
+        )

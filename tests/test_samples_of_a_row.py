@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import webdataset
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_row import DecodedRow
+from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import parse_key
 from diffusion_data.media import MediaLoader
 from diffusion_data.media_config import ClipsConfig, MediaConfig
-from diffusion_data.prepare_energon_dataset import prepare, row_decoder
+from diffusion_data.prepare_energon_dataset import prepare
+from diffusion_data.process_func_options import row_decoder
 from diffusion_data.process_funcs import MediaSample
 from diffusion_data.scripts.inspect_shard import sample_of
 from diffusion_data.source_frames import SourceFrames
@@ -96,6 +99,15 @@ def test_the_frames_of_each_sample_are_found_again(prepared: Path, source: Path)
 def test_workers_and_ranks_change_no_byte(prepared: Path, source: Path, tmp_path: Path) -> None:
     prepare(prepare_config(source, tmp_path / "again", media=MEDIA, max_reject_rate=1.0, num_workers=2))
     assert tar_bytes(tmp_path / "again") == tar_bytes(prepared)
+
+
+def test_options_that_the_tokenizer_refuses_leave_the_folder_to_the_next_run(source: Path, tmp_path: Path) -> None:
+    config = prepare_config(source, tmp_path / "out", media=MediaConfig(short_side=48, extra_short_sides=(44,)))
+    with pytest.raises(UserError, match="some are the same"):
+        prepare(config)
+    totals = prepare(replace(config, media=MediaConfig(short_side=48), max_reject_rate=1.0))
+    assert totals is not None
+    assert totals.samples == totals.written == 5
 
 
 def test_rows_of_one_sample_have_the_bytes_that_they_always_had(source: Path, tmp_path: Path) -> None:

@@ -146,7 +146,14 @@ def process(row, *, media, flag):
     ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SCRIPT, *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as running:
+
+    def heed_ctrl_c() -> None:
+        """A shell starts background jobs deaf to it, the tests maybe among them."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment, preexec_fn=heed_ctrl_c
+    ) as running:
         while not list((tmp_path / "out").glob("shard_*.tar")):
             assert running.poll() is None
             time.sleep(0.02)

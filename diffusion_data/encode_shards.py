@@ -1,0 +1,85 @@
+"""Shards that are to be made -> tars and ledger entries: the main loop of every rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from diffusion_data.busy_shares import BusyShares
+from diffusion_data.cosmos_tokenizer import CosmosTokenizer
+from diffusion_data.decode_workers import DecodeWorkers
+from diffusion_data.distributed import Ranks, usable_cpus
+from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
+from diffusion_data.errors import UserError
+from diffusion_data.ledger import LedgerEntry
+from diffusion_data.prepare_config import PrepareConfig
+from diffusion_data.prepare_job import Job
+from diffusion_data.process_func_options import row_decoder
+from diffusion_data.reject_limit import RejectLimit
+from diffusion_data.run_lock import RunLock
+from diffusion_data.shard_writer import ShardWriter
+
+_SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
+
+
+def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeWorkers) -> None:
+    """Claim, decode, encode and write until no shard is left; the four run at the same time."""
+    threads = share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
+    encoders, compiled = job.encoders, config.tokenizer.compile
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
+    num_encoders = 1 if encoders.tokenizer.device.type == "cuda" else max(1, threads)
+    num_decoders = max(1, num_decode_workers(config, ranks))
+    busy = BusyShares(ranks, {"decoding": num_decoders, "encoders": num_encoders, "writing": 1})
+    writer = ShardWriter(Path(config.output_dir), job.ledger)
+    before = {shard.number: job.ledger.read(shard) for shard in job.retry}
+    shards = ranks.claimed(job.todo, "shards_claimed")
+    rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    limit = RejectLimit(ranks, config.max_reject_rate)
+    with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
+        pending: deque[Future[LedgerEntry | None]] = deque()
+
+        def finish_oldest() -> None:
+            if (entry := pending.popleft().result()) is not None:
+                limit.shard_written(entry)
+
+        for encoded in pipeline.run(limit.watch(workers.map(rows))):
+            pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
+            while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
+                finish_oldest()
+        while pending:
+            finish_oldest()
+        limit.count()
+
+
+def _write(
+    writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
+) -> LedgerEntry | None:
+    """The shard's entry, or None if it stays as it was `before`."""
+    try:
+        lock.check()
+        entry = writer.write(encoded, before)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: can't write {encoded.shard.file_name}: {error}; what is finished is kept: "
+            "make room or mend the disk and run the same command again"
+        ) from error
+    if entry is before:
+        print(f"{encoded.shard.file_name} stays as it was: now other rows of it failed")
+        return None
+    busy.add(entry.stage_seconds)
+    return entry
+
+
+def decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokenizer) -> DecodeWorkers:
+    number = num_decode_workers(config, ranks)
+    timeout_seconds = config.row_timeout_seconds if number else None  # in this process nothing can be stopped
+    return DecodeWorkers(row_decoder(config, tokenizer), number, timeout_seconds)
+
+
+def num_decode_workers(config: PrepareConfig, ranks: Ranks) -> int:
+    return share_of_processors(ranks) if config.num_workers is None else config.num_workers
+
+
+def share_of_processors(ranks: Ranks) -> int:
+    return max(1, usable_cpus() // ranks.local_world_size)
