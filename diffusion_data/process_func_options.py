@@ -60,7 +60,7 @@ def named_columns(config: PrepareConfig) -> dict[str, str]:
         if name.endswith(("_column", "_columns")):
             for column in [value] if isinstance(value, str) else value or ():
                 columns[column] = f"process_func.{name}"
-        if name.endswith("_template") and value is not None:
+        if name == "caption_template" and isinstance(value, str):
             for column in template_columns(value, f"process_func.{name}"):
                 columns[column] = f"process_func.{name}"
     taken = RESERVED_FIELDS.intersection(config.metadata_columns)

@@ -48,14 +48,14 @@ def media_caption(
     empty_captions: str = "reject",
     media_column: str | Sequence[str] = "media",
     caption_column: str | Sequence[str] = "caption",
-    caption_template: str | None = None,
+    caption_template: str = "{caption}",
     keep_captions: bool = False,
 ) -> MediaSample | list[MediaSample]:
     """A picture or a clip, told apart by content, and its caption; a list where media.clips makes several of a video.
 
     media_column: one column, or several of which the first that is not null counts.
     caption_column: one column, or several, each of text or of a list of texts; one is drawn for each sample.
-    caption_template: as "a photo of {caption}, {style}", style being a column; None takes captions as they are.
+    caption_template: as "a photo of {caption}, {style}", style being a column.
     keep_captions: put all captions that could have been drawn into the json, as `captions`.
     """
     captions = _Captions(row, caption_column, caption_template, keep_captions, empty_captions, rng)
@@ -75,7 +75,7 @@ def image_caption(
     empty_captions: str = "reject",
     media_column: str = "image",
     caption_column: str | Sequence[str] = "caption",
-    caption_template: str | None = None,
+    caption_template: str = "{caption}",
     keep_captions: bool = False,
 ) -> MediaSample:
     """A picture and its caption, as media_caption; a clip is rejected."""
@@ -94,7 +94,7 @@ def video_caption(
     empty_captions: str = "reject",
     media_column: str = "video",
     caption_column: str | Sequence[str] = "caption",
-    caption_template: str | None = None,
+    caption_template: str = "{caption}",
     keep_captions: bool = False,
 ) -> MediaSample | list[MediaSample]:
     """A clip and its caption, as media_caption, which may give several; a picture is rejected."""
@@ -126,7 +126,7 @@ class _Captions:
         self,
         row: dict[str, Any],
         columns: str | Sequence[str],
-        template: str | None,
+        template: str,
         keep: bool,
         empty_captions: str,
         rng: random.Random | None,
@@ -136,7 +136,7 @@ class _Captions:
         usable = [each for each in found if not is_blank(each)] or found[:1]
         checked = [checked_caption(each, place, empty_captions) for each in usable]
         # The empty text stays empty: it is what training without a caption sees.
-        self._captions = [fill_template(template, each, row) if template and each else each for each in checked]
+        self._captions = [fill_template(template, each, row) if each else each for each in checked]
         self._keep = keep
         self._rng = rng or random.Random(0)
 

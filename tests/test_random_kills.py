@@ -60,7 +60,8 @@ class Job:
         self._log = log
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         fixed = ["recipe=media_caption", "metadata_columns=[score]", "samples_per_shard=4", "media.short_side=48"]
-        fixed += ["~process_func.media_column", "~process_func.caption_column"]
+        options_of_media_caption = ("media_column", "caption_column", "caption_template", "keep_captions")
+        fixed += [f"~process_func.{option}" for option in options_of_media_caption]
         name, value = self._mark.decode().split("=")
         with log.open("wb") as said:
             self.torchrun = subprocess.Popen(
@@ -149,6 +150,7 @@ def test_random_kills_change_no_byte(tmp_path: Path) -> None:
         options = [f"process_func._target_={func}", f"source.path={source}", f"output_dir={output_dir}"]
         job = Job(processes, *options, f"num_workers={chance.choice([0, 1])}", log=tmp_path / "log")
         count["starts"] += 1
+        kills_before = count["kills"]
         try:
             if count["kills"] < KILLS and job.wait_for(moment(output_dir, chance)):
                 alive = {kind: pids for kind, pids in job.processes().items() if pids}
@@ -166,6 +168,8 @@ def test_random_kills_change_no_byte(tmp_path: Path) -> None:
                     each.end()
         if "a run is at work in" in job.said:
             count["refused"] += 1
+        else:
+            assert ended == 0 or count["kills"] > kills_before, job.said
         if ended == 0:
             assert tar_bytes(output_dir) == undisturbed
             assert verify_dataset(output_dir).faults == []

@@ -110,6 +110,8 @@ def process(row, *, media, flag):
         f"+process_func.flag={tmp_path}/flag",
         "~process_func.media_column",
         "~process_func.caption_column",
+        "~process_func.caption_template",
+        "~process_func.keep_captions",
     ]
     finished = torchrun(2, *options, cwd=tmp_path, restarts=1)
     assert (tmp_path / "flag").exists()
@@ -143,6 +145,8 @@ def process(row, *, media, flag):
         f"+process_func.flag={tmp_path}/flag",
         "~process_func.media_column",
         "~process_func.caption_column",
+        "~process_func.caption_template",
+        "~process_func.keep_captions",
     ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SCRIPT, *options]
