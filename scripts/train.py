@@ -9,6 +9,7 @@ All options: configs/train.yaml with data/ and model/, or --help. Output: see tr
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -75,6 +76,11 @@ class TrainOptions:
 
 def train(config: DictConfig) -> None:
     """The whole job: config -> checkpoints, metrics and TensorBoard events in output_dir."""
+    _fit(config)
+    _end_process_group()
+
+
+def _fit(config: DictConfig) -> None:
     import torch
     from lightning.pytorch import seed_everything
 
@@ -159,6 +165,18 @@ def _strategy(name: str, under_torchrun: bool) -> Any:
             data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     return "ddp"
+
+
+def _end_process_group() -> None:
+    """Joins gloo's threads: one that lets go of a tensor while the interpreter ends aborts its rank.
+
+    They end with the last reference to their group, and a sharded module holds some in cycles. Lightning leaves them.
+    """
+    import torch
+
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _checkpoint_to_continue(ckpt_path: str | None, output_dir: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -42,15 +41,6 @@ def refuse_above(limit: int, encoder: object, method: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(encoder, method, limited)
     return asked
-
-
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """As the job sets it: the number of torch's threads does change bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_torch_thread")

@@ -50,8 +50,8 @@ OFTEN = [
 
 
 @pytest.fixture
-def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Calls the entry point in this process, in tmp_path, on the CPU."""
+def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_torch_thread: None) -> Callable[..., None]:
+    """Calls the entry point in this process, in tmp_path, on the CPU, with one thread as train() has."""
     monkeypatch.chdir(tmp_path)
 
     def call(*options: str) -> None:
