@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encode-threads", type=int, help="on a CPU")
     parser.add_argument("--pixels-per-batch", type=int)
     parser.add_argument("--tokens-per-batch", type=int)
+    parser.add_argument("--samples-per-shard", type=int, help="default: chosen by the number of rows")
     parser.add_argument("--compile", action="store_true", help="tokenizer.compile")
     parser.add_argument("--only-job", action="store_true", help="no ceilings and no original: for measuring memory")
     parser.add_argument("--json", type=Path, default=Path("bench_prepare.json"))
@@ -92,7 +93,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     write_rows(folder / "rows.parquet", arguments.rows, material)
     encoders = make_models(arguments, device)
     alone = {} if arguments.only_job else ceilings(arguments, encoders, folder)
-    rows = pq.read_table(folder / "rows.parquet").slice(0, arguments.original_rows).to_pylist()
+    rows = _first_rows(folder / "rows.parquet", arguments.original_rows)
     jobs, original = [], []
     for number in range(arguments.repeats):  # alternating, since the machine may change its pace meanwhile
         if arguments.original_rows and not arguments.only_job:
@@ -113,6 +114,12 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
         "every_samples_per_second": [each["written"] / each["phases"]["encode"] for each in jobs],
         **_rates(arguments, device, job, alone, original),
     }
+
+
+def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:  # the whole table would count as the job's memory
+        batch = next(file.iter_batches(max(1, count)))
+    return batch.to_pylist()[:count]
 
 
 def _rates(
@@ -181,7 +188,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         source=SourceConfig(path=str(folder.parent / "rows.parquet")),
         process_func={"_target_": "diffusion_data.process_funcs.media_caption"},
         metadata_columns=(),
-        samples_per_shard=None,
+        samples_per_shard=arguments.samples_per_shard,
         split_ratio=(1, 0, 0),
         row_timeout_seconds=None,
         num_workers=arguments.num_workers,
