@@ -27,6 +27,7 @@ _META = ".nv-meta"
 _HOW_TO_MAKE_ONE = "make one with scripts/prepare_energon_dataset.py, or run `energon prepare` on its shards"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?[0-9]{1,18}|[A-Za-z])\.\.(-?[0-9]{1,18}|[A-Za-z])(?:\.\.-?([0-9]{1,18}))?")
+_MOST_VALUES = 1 << 31  # of a latent: 4 GB
 _DATASET_FIELDS = {"__module__", "__class__", "subflavors"}
 _INFO_FIELDS = {"energon_version", "shard_counts"}
 _SPLIT_FIELDS = {"split_parts", "exclude"}
@@ -80,9 +81,27 @@ def check_dataset(path: str | os.PathLike[str]) -> DatasetFolder:
 
 
 def read_stats(folder: DatasetFolder) -> dict[str, Any] | None:
-    """`run/stats.json` of the dataset; None where its writer left none."""
+    """`run/stats.json` of the dataset; None where its writer left none.
+
+    Raises:
+        UserError: it holds something else.
+    """
     file = folder.path / "run" / "stats.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        stats = json.loads(file.read_text())
+        if all(map(_is_counted_shape, stats.get("latent_shapes", []))):
+            return stats
+    except (ValueError, TypeError, AttributeError):  # torn, or not a mapping with a list of lists
+        pass
+    raise UserError(f"{file} is damaged, or none of this tool's: remove it, or run prepare again with the same command")
+
+
+def _is_counted_shape(fields: Any) -> bool:
+    """[C, T, H, W, samples that have this shape], of a size that batches can be made of."""
+    whole = len(fields) == 5 and all(type(number) is int and number > 0 for number in fields)
+    return whole and math.prod(fields[:4]) <= _MOST_VALUES
 
 
 def _check_class(root: EPath) -> None:

@@ -62,6 +62,9 @@ class DatasetSource:
     spec: EPath | dict[str, Any]
     """What energon's load_dataset takes."""
     folders: tuple[DatasetFolder, ...]
+    """Each dataset once, however often a blend names it."""
+    train_folders: tuple[DatasetFolder, ...]
+    """Those of `folders` that the train split is made of."""
     identity: str
     """Equal for copies of the same datasets in the same blend."""
 
@@ -78,9 +81,11 @@ class DatasetSource:
         return sum(int((part.used[1] - part.used[0]) * part.repetitions) for part in self.parts(split))
 
     def latent_shapes(self) -> list[tuple[list[int], int]] | None:
-        """(C, T, H, W) and the number of samples that have it; None where a dataset's writer left no stats.json."""
+        """Of the train split's datasets, (C, T, H, W) and the number of samples that have it; None where a dataset's
+        writer left no stats.json.
+        """
         shapes = []
-        for folder in self.folders:
+        for folder in self.train_folders:
             listed = (read_stats(folder) or {}).get("latent_shapes")
             if not listed:
                 return None
@@ -108,11 +113,23 @@ def open_source(path: DataPath) -> DatasetSource:
         return _blend_of_list(path)
     if str(path).endswith(".yaml"):
         file = _epath(path)
-        folders = _check_metadataset(file, 1)
-        identity = _digest([file.read_text(), *(folder.identity for folder in folders)])
-        return DatasetSource(name=str(path), spec=file, folders=tuple(folders), identity=identity)
+        splits = _check_metadataset(file, 1)
+        folders = [folder for listed in splits.values() for folder in listed]
+        return DatasetSource(
+            name=str(path),
+            spec=file,
+            folders=_each_once(folders),
+            train_folders=_each_once(splits.get("train", [])),
+            identity=_digest([file.read_text(), *(folder.identity for folder in folders)]),
+        )
     folder = check_dataset(path)
-    return DatasetSource(name=str(path), spec=folder.path, folders=(folder,), identity=folder.identity)
+    return DatasetSource(
+        name=str(path), spec=folder.path, folders=(folder,), train_folders=(folder,), identity=folder.identity
+    )
+
+
+def _each_once(folders: Sequence[DatasetFolder]) -> tuple[DatasetFolder, ...]:
+    return tuple({str(folder.path): folder for folder in folders}.values())
 
 
 def _blend_of_list(parts: Sequence[Mapping[str, Any]]) -> DatasetSource:
@@ -142,13 +159,14 @@ def _blend_of_list(parts: Sequence[Mapping[str, Any]]) -> DatasetSource:
     return DatasetSource(
         name=" + ".join(str(part["path"]) for part in parts),
         spec={**_METADATASET, "splits": splits},
-        folders=tuple(folders),
+        folders=_each_once(folders),
+        train_folders=_each_once([folder for folder in folders if folder.samples.get("train")]),
         identity=identity,
     )
 
 
-def _check_metadataset(file: EPath, depth: int) -> list[DatasetFolder]:
-    """The dataset folders of all splits of a metadataset, in the order in which it names them."""
+def _check_metadataset(file: EPath, depth: int) -> dict[str, list[DatasetFolder]]:
+    """The dataset folders of each split of a metadataset, in the order in which it names them."""
     if depth > _DEEPEST:
         raise UserError(f"{file}: metadatasets lie more than {_DEEPEST} deep in each other")
     if not file.is_file():
@@ -161,16 +179,13 @@ def _check_metadataset(file: EPath, depth: int) -> list[DatasetFolder]:
     splits = fields.get("splits")
     if not isinstance(splits, dict) or not splits or not all(isinstance(split, dict) for split in splits.values()):
         raise UserError(f"{file}: splits must map train, val or test to a dataset or a blend")
-    folders: list[DatasetFolder] = []
-    for split in splits.values():
-        folders += _check_split(split, file, depth)
-    return folders
+    return {name: _check_split(split, name, file, depth) for name, split in splits.items()}
 
 
-def _check_split(split: dict[str, Any], file: EPath, depth: int) -> list[DatasetFolder]:
+def _check_split(split: dict[str, Any], name: str, file: EPath, depth: int) -> list[DatasetFolder]:
     kinds = [kind for kind in _BLENDS if kind in split]
     if not kinds:
-        return _check_reference(split, None, file, depth)
+        return _check_reference(split, name, None, file, depth)
     kind = kinds[0]
     _refuse_others(split, {kind, "subset"}, file)
     _check_subset(split.get("subset"), file)
@@ -180,11 +195,13 @@ def _check_split(split: dict[str, Any], file: EPath, depth: int) -> list[Dataset
     for reference in split[kind]:
         if not isinstance(reference, dict):
             raise UserError(f"{file}: {kind} must be a list of datasets")
-        folders += _check_reference(reference, _BLENDS[kind], file, depth)
+        folders += _check_reference(reference, name, _BLENDS[kind], file, depth)
     return folders
 
 
-def _check_reference(reference: dict[str, Any], share: str | None, file: EPath, depth: int) -> list[DatasetFolder]:
+def _check_reference(
+    reference: dict[str, Any], split: str, share: str | None, file: EPath, depth: int
+) -> list[DatasetFolder]:
     _refuse_others(reference, _REFERENCE_FIELDS | ({share} if share else set()), file)
     path = reference.get("path")
     if not isinstance(path, str) or not isinstance(reference.get("split_part", ""), str):
@@ -198,7 +215,7 @@ def _check_reference(reference: dict[str, Any], share: str | None, file: EPath, 
         _positive(reference[share], share, f"{file}: {path}")
     target = file.parent / path
     if target.is_file() and str(target).endswith(".yaml"):
-        return _check_metadataset(target, depth + 1)
+        return _check_metadataset(target, depth + 1).get(reference.get("split_part", split), [])
     return [check_dataset(str(target))]
 
 

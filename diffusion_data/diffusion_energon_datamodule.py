@@ -22,6 +22,7 @@ from megatron.energon.savable_loader import BasicDataLoader
 
 from diffusion_data.dataset_folder import read_stats
 from diffusion_data.dataset_source import DataPath, DatasetSource, open_source
+from diffusion_data.diffusion_stages import STAGES_VERSION
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.energon_loaders import (
     TrainLoader,
@@ -182,7 +183,7 @@ class DiffusionDataModule(LightningDataModule):
         if encoder.text_dropout > 0 and encoder.empty_text is None:
             encoder.empty_text = read_empty_caption(self.source.folders)
         if encoder.latent_scaling == PER_CHANNEL and encoder.scaling is None:
-            encoder.scaling = LatentScaling.of_stats([read_stats(folder) or {} for folder in self.source.folders])
+            encoder.scaling = LatentScaling.of_stats([read_stats(folder) or {} for folder in self.source.train_folders])
         self._is_set_up = True
         accumulated = getattr(self.trainer, "accumulate_grad_batches", None)
         if accumulated is not None and accumulated != self.gradient_accumulation_steps:
@@ -336,6 +337,7 @@ class DiffusionDataModule(LightningDataModule):
     def _stream_settings(self, config: WorkerConfig) -> dict[str, Any]:
         """Everything that decides which samples come in which order."""
         return {
+            "stages_version": STAGES_VERSION,
             "dataset": self.source.identity,
             "data_parallel_size": config.world_size,
             "num_workers": config.num_workers,

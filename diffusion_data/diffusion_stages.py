@@ -14,6 +14,7 @@ from diffusion_data.batch_layout import padded_batch
 from diffusion_data.diffusion_sample import CookedSample, DiffusionSample
 from diffusion_data.errors import UserError
 from diffusion_data.late_reading import read_late
+from diffusion_data.lean_stages import lean
 from diffusion_data.packed_layout import PackedSample, packed_batch, rounded_up
 from diffusion_data.packing import FullPacking
 from diffusion_data.safe_decoder import SafeDecoder
@@ -22,6 +23,9 @@ from diffusion_data.shared_counts import PositionCounts
 from diffusion_data.skip_counts import SkipCounts, StopWhenAllSkipped
 from diffusion_data.text_dropout import uniform_of_call
 from diffusion_data.training_stream import training_stream
+
+STAGES_VERSION = 1
+"""Counts up when the stages become others, whose saved places in a stream don't fit any more."""
 
 
 class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, dict]):
@@ -128,7 +132,7 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
                 final_packer_stateless=True,
                 worker_config=worker_config,
             )
-        return super().build_batch(dataset, worker_config=worker_config, **batching)
+        return lean(super().build_batch(dataset, worker_config=worker_config, **batching))
 
     def _load_dataset(
         self, dataset: LoadedDataset, worker_rotation_offset: int, worker_config: WorkerConfig
@@ -136,11 +140,11 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
         loaded = super()._load_dataset(dataset, worker_rotation_offset, worker_config)
         if type(self.decoder) is SafeDecoder:  # another may want bytes
             read_late(loaded)
-        return loaded
+        return lean(loaded)
 
     def build_encode_sample(self, dataset: SavableDataset[Any], *, worker_config: WorkerConfig) -> SavableDataset[Any]:
         guarded = StopWhenAllSkipped(dataset, self.skips, worker_config=worker_config)
-        return super().build_encode_sample(guarded, worker_config=worker_config)
+        return lean(super().build_encode_sample(guarded, worker_config=worker_config))
 
     def build_train_datasets(
         self,

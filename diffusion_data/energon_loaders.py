@@ -68,8 +68,8 @@ class TrainLoader:
                 self._stream = _clear_errors(self.loader)
             try:
                 batch = next(self._stream)
-            except UserError:
-                self._stream = None
+            except Exception:
+                self._stream = None  # a generator that raised is at its end
                 raise
             self.batches_done = (self.batches_done + 1) % self._length
             self._batches_since_report += 1

@@ -11,8 +11,10 @@ what is saved of it.
 
 from __future__ import annotations
 
+import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -23,6 +25,7 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from diffusion_data.epoch_shuffle import EpochShuffle
+from diffusion_data.errors import UserError
 from diffusion_data.sample_reader import LocalTarReader, Place, local_reader
 
 
@@ -93,6 +96,9 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
     def __iter__(self) -> Iterator[RawSampleData]:
         self._coming.worker_start()
         if self.read_ahead == 0 and not self._coming.buffer:
+            if self._emptying:  # saved, by a run that read ahead, when the last sample of a pass had been given
+                self._emptying = False
+                return
             yield from filter(_is_wanted, map(self._read, self.dataset))
             return
         threads = ReadThreads(max(1, self.read_ahead))
@@ -103,34 +109,30 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
 
     def _read_by(self, threads: ReadThreads) -> Iterator[RawSampleData]:
         """In the order of `_coming`, which holds those that are due next."""
-        places = deque[Place | None]()
-        reads = deque[Callable[[], memoryview | None]]()
+        due = deque[_Due]()
 
         def begin(sample: RawSampleData) -> None:
             place = self.reader.place_of(_number(sample))
-            places.append(place)
-            if place is None:
-                reads.append(_nothing)
-            elif place.is_cached():
-                reads.append(place.read)
-            else:
+            block = None if place is None else place.read_from_memory()
+            if place is not None and block is None:
                 threads.begin(place.read)
-                reads.append(threads.next)
+            due.append(_Due(place, block, in_thread=place is not None and block is None))
 
         for sample in self._coming:  # none but after a resume
             begin(sample)
         coming = self._coming.append_iter()
         while True:
-            while not self._emptying and len(places) < max(1, self.read_ahead):
+            while not self._emptying and len(due) < max(1, self.read_ahead):
                 following = next(coming, None)
                 if following is None:
                     self._emptying = True
                 else:
                     begin(following)
-            if not places:
+            if not due:
                 break
-            block = reads.popleft()()
-            yield self._complete(self._coming.pop(0), places.popleft(), block)
+            next_due = due.popleft()
+            block = threads.next() if next_due.in_thread else next_due.block
+            yield self._complete(self._coming.pop(0), next_due.place, block)
         self._emptying = False
 
     def _read(self, sample: RawSampleData) -> RawSampleData:
@@ -138,7 +140,14 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
         return self._complete(sample, place, None if place is None else place.read())
 
     def _complete(self, sample: RawSampleData, place: Place | None, block: memoryview | None) -> RawSampleData:
-        sample.data = (self.reader.sample_of(_number(sample), place, block),)
+        number = _number(sample)
+        try:
+            sample.data = (self.reader.sample_of(number, place, block),)
+        except (ValueError, tarfile.TarError) as error:
+            raise UserError(
+                f"{self.reader.base_path}: sample number {number} of the split can't be read: {error}; "
+                "scripts/verify_dataset.py finds what is damaged"
+            ) from error
         return sample
 
     def restore_sample(self, restore_key: Any) -> RawSampleData:
@@ -146,6 +155,15 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
 
     def config(self) -> dict[str, Any]:
         return self.dataset.config()
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A sample that comes next but for those before it; place: None if there is none; block: what was read of it."""
+
+    place: Place | None
+    block: memoryview | None
+    in_thread: bool
 
 
 class _Unread:
@@ -198,10 +216,6 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return function(), None
     except Exception as error:  # noqa: BLE001 - raised again where the result is taken
         return None, error
-
-
-def _nothing() -> None:
-    """Read where there is no sample."""
 
 
 def _number(sample: RawSampleData) -> int:

@@ -26,7 +26,7 @@ from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX, ITarFile
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.source_info import SourceInfo
 
-_OPEN_SHARDS = 64  # more than energon reads from at a time: a shuffle buffer reaches back
+_MOST_OPEN_SHARDS = 64  # of a process; more than energon reads from at a time: a shuffle buffer reaches back
 _BLOCK = 512  # bytes of a tar header; contents are filled up to a multiple
 _SPACE = ord(" ")  # what each byte of the checksum counts as
 # Plain: a file in the format of POSIX without extensions, with names in ASCII, owned by no matter whom. Anything else,
@@ -50,7 +50,7 @@ def local_reader(reader: Any) -> LocalTarReader | None:
         reader.base_path,
         reader.shard_infos,
         part_filter=reader.part_filter,
-        itar_cache_size=max(reader.itar_cache_size, _OPEN_SHARDS),
+        itar_cache_size=reader.itar_cache_size,
         sample_filter=reader.sample_filter,
     )
 
@@ -58,13 +58,8 @@ def local_reader(reader: Any) -> LocalTarReader | None:
 class LocalTarReader(ShardInfosITarReader):
     """energon's reader of indexed tars; parts are memoryviews that can be written to, instead of bytes."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
-
-    def close(self) -> None:
-        self._open_shards.clear()
-        super().close()
+    def __del__(self) -> None:
+        _open_shards.close_all_of(id(self))
 
     def _get_itarfile_cached(self, tar_file_id: int) -> ITarFile:
         tar = super()._get_itarfile_cached(tar_file_id)
@@ -81,14 +76,10 @@ class LocalTarReader(ShardInfosITarReader):
         if not 0 <= shard_number < len(self.shard_infos):
             return None
         tar = self.shard_tar_file_idxs[shard_number]
-        shard = self._open_shards.get(tar)
+        shard = _open_shards.get((id(self), tar))
         if shard is None:
-            if len(self._open_shards) >= self.itar_cache_size:
-                self._open_shards.popitem(last=False)
-            self._open_shards[tar] = shard = _Shard(self.tar_filepaths[tar].local_path())
-        else:
-            self._open_shards.move_to_end(tar)
-        return Place(shard, index - self.shard_count_cumsum[shard_number], self.tar_filenames[tar])
+            shard = _open_shards.add((id(self), tar), _Shard(self.tar_filepaths[tar].local_path()))
+        return shard.place(index - self.shard_count_cumsum[shard_number], self.tar_filenames[tar])
 
     def sample_of(self, index: int, place: Place | None, block: memoryview | None) -> Any:
         """The sample whose stretch of the tar `place` gave, as energon's reader would return it."""
@@ -133,65 +124,92 @@ def _open_member(tar: ITarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A sample in an open shard."""
+    """A sample in an open shard, from byte `begin` to byte `end` of it; both are -1 where the index has none."""
 
     shard: _Shard
-    number: int
     shard_name: str
+    begin: int
+    end: int
 
     def read(self) -> memoryview | None:
         """Headers and contents, with one system call; None if they aren't where they should be. In any thread."""
-        return self.shard.read(self.number)
+        return self.shard.read(self.begin, self.end)
 
-    def is_cached(self) -> bool:
-        """True if `read` need not wait for a disk or network."""
-        return self.shard.is_cached(self.number)
+    def read_from_memory(self) -> memoryview | None:
+        """What `read` gives; None if that would have to wait for a disk or network."""
+        return self.shard.read_from_memory(self.begin, self.end)
 
 
 class _Shard:
     """A tar and its index, open. Reads name their offset, so that forked workers may share it."""
 
     def __init__(self, tar: Path) -> None:
-        self._files = [os.open(path, os.O_RDONLY) for path in (tar, tar.with_suffix(ITAR_SUFFIX))]
-        self._num_bytes = os.fstat(self._files[0]).st_size
+        self._tar = os.open(tar, os.O_RDONLY)
+        self._index = os.open(tar.with_suffix(ITAR_SUFFIX), os.O_RDONLY)
+        self._num_bytes = os.fstat(self._tar).st_size
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        for file in self.__dict__.get("_files", ()):
-            close(file)
+        for name in ("_tar", "_index"):
+            if name in self.__dict__:  # not if opening failed
+                close(self.__dict__[name])
 
-    def read(self, number: int) -> memoryview | None:
-        """Headers and contents of a sample; None if the index and the tar don't have all of them."""
-        tar, index = self._files
-        offsets = os.pread(index, _OFFSETS.size, _OFFSETS.size // 2 * number)
-        if len(offsets) != _OFFSETS.size:
+    def place(self, number: int, shard_name: str) -> Place:
+        """Of the sample of that number in this shard."""
+        offsets = os.pread(self._index, _OFFSETS.size, _OFFSETS.size // 2 * number)
+        begin, end = _OFFSETS.unpack(offsets) if len(offsets) == _OFFSETS.size else (-1, -1)
+        return Place(self, shard_name, *((begin, end) if begin <= end <= self._num_bytes else (-1, -1)))
+
+    def read(self, begin: int, end: int) -> memoryview | None:
+        """The bytes [begin, end); None if the tar doesn't have all of them."""
+        if begin < 0:
             return None
-        begin, end = _OFFSETS.unpack(offsets)
-        if end > self._num_bytes:
-            return None
-        block = memoryview(
-            np.empty(max(0, end - begin), np.uint8).data
-        )  # not a bytearray, which would be filled with zeros first
-        done = 0
+        block, done = _block(end - begin), 0
         while done < len(block):
-            count = os.preadv(tar, [block[done:]], begin + done)
+            count = os.preadv(self._tar, [block[done:]], begin + done)
             if count <= 0:
                 return None
             done += count
         return block
 
-    def is_cached(self, number: int) -> bool:
-        """True if the system holds the sample's first and last byte in memory, and so most likely all between."""
-        if _NOWAIT is None:
-            return False
-        tar, index = self._files
-        offsets, byte = bytearray(_OFFSETS.size), bytearray(1)
+    def read_from_memory(self, begin: int, end: int) -> memoryview | None:
+        """`read`, if the system holds all of these bytes in memory, as it does what was written or read lately."""
+        if begin < 0 or _NOWAIT is None:
+            return None
+        block = _block(end - begin)
         try:
-            if os.preadv(index, [offsets], _OFFSETS.size // 2 * number, _NOWAIT) != _OFFSETS.size:
-                return False
-            begin, end = _OFFSETS.unpack(offsets)
-            return all(os.preadv(tar, [byte], place, _NOWAIT) == 1 for place in (begin, end - 1))
+            return block if os.preadv(self._tar, [block], begin, _NOWAIT) == len(block) else None
         except OSError:  # it would have to wait, or this file system can't tell; an error comes again with `read`
-            return False
+            return None
+
+
+class _OpenShards:
+    """Those that were used last, by (reader, number), of all readers of this process: a blend has many datasets."""
+
+    def __init__(self) -> None:
+        self._shards: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
+
+    def get(self, key: tuple[int, int]) -> _Shard | None:
+        shard = self._shards.get(key)
+        if shard is not None:
+            self._shards.move_to_end(key)
+        return shard
+
+    def add(self, key: tuple[int, int], shard: _Shard) -> _Shard:
+        self._shards[key] = shard
+        if len(self._shards) > _MOST_OPEN_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def close_all_of(self, reader: int) -> None:
+        for key in [key for key in self._shards if key[0] == reader]:
+            del self._shards[key]
+
+
+_open_shards = _OpenShards()
+
+
+def _block(size: int) -> memoryview:
+    return memoryview(np.empty(size, np.uint8).data)  # not a bytearray, which would be filled with zeros first
 
 
 def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:

@@ -163,3 +163,19 @@ def test_files_that_grow_when_they_are_read_are_refused(dataset):
 def test_files_nested_without_end_are_refused(dataset, file):
     (dataset / ".nv-meta" / file).write_text("[" * 100_000)
     refused(dataset, file, "can't be read")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"latent_shapes": 3}',
+        '{"latent_shapes": [[16, 1, 64]]}',
+        '{"latent_shapes": [[16,1,2000000,2000000,1]]}',
+    ],
+)
+def test_statistics_that_are_none_are_refused_by_name(dataset, content):
+    (dataset / "run" / "stats.json").write_text(content)
+    with pytest.raises(UserError, match=r"run/stats\.json is damaged.*remove it, or run prepare again"):
+        read_stats(check_dataset(dataset))

@@ -110,6 +110,16 @@ splits:
     assert len(data.val_dataloader()) == 1
 
 
+def test_each_dataset_of_the_train_split_counts_once_in_statistics(folder):
+    file = write_yaml(
+        folder, "splits: {train: {blend: [{path: a}, {path: a}, {path: b}]}, val: {path: c}}", "named_often.yaml"
+    )
+    write_dataset(folder / "c", [tiny_sample(row) for row in range(2)], per_shard=1, split={"train": 1, "val": 1})
+    source = open_source(file)
+    assert [folder.path.name for folder in source.folders] == ["a", "b", "c"]
+    assert [folder.path.name for folder in source.train_folders] == ["a", "b"]
+
+
 def test_an_epochized_blend_has_exact_passes(folder):
     file = write_yaml(
         folder, "splits: {train: {blend_epochized: [{path: a}, {path: b, repetitions: 2}]}}", "epochs.yaml"

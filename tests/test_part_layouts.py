@@ -206,3 +206,14 @@ def test_random_bytes_of_a_known_length_are_refused():
     for _ in range(20):
         assert layouts.read(memoryview(rng.bytes(len(saved(tensor))))) is None
     assert layouts.read(memoryview(struct.pack("<I", 0))) is None
+
+
+def test_a_part_with_a_large_frame_is_not_remembered():
+    """Frames are kept: crafted parts would fill the memory with them."""
+    array = random_array(0)
+    begin, rest = (raw := pickle.dumps(array, 3))[:2], raw[2:]
+    for size, is_remembered in [(1_000, True), (100_000, False)]:
+        unused = b"B" + struct.pack("<I", size) + bytes(size) + b"0"  # pushed, and popped again
+        crafted = begin + unused + rest
+        assert np.array_equal(pickle.loads(crafted), array)
+        assert (taught((crafted, array)).read(memoryview(crafted)) is not None) == is_remembered
