@@ -27,6 +27,7 @@ ONLINE = {
     "fake_loader",
     "latent_scaling",
     "late_reading",
+    "lean_stages",
     "loader_state",
     "packed_layout",
     "packing",
