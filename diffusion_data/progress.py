@@ -24,11 +24,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 class Progress:
     """Shows how far all ranks are: rows, samples/s, time left, rejects, how busy stages are. A context manager."""
 
-    def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO | None = None) -> None:
         self._ranks = ranks
         self._total_rows = total_rows
         self._done_before = done_before
-        self._stream = stream
+        self._stream = stream or sys.stderr
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
