@@ -152,6 +152,8 @@ def _details(entry: SheetEntry) -> str:
         shown = "" if total == entry.frames_shown else f"first {entry.frames_shown} of "
         parts.append(f"{shown}{total} frames")
         parts.append("unknown rate" if entry.fps is None else f"{entry.fps:.4g} fps")
+    if entry.mirrored:
+        parts.append("mirrored copy")
     if entry.seconds is not None:
         parts.append(f"{entry.seconds[0]:.2f} to {entry.seconds[1]:.2f} s of its source")
     return " · ".join(parts)

@@ -263,7 +263,9 @@ def must_not_run(row: dict[str, object], *, media: object) -> None:
 
 def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4), caption_extra=HOSTILE) for row in range(6)]
-    samples.append(tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25))
+    samples.append(
+        tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25, mirrored=True)
+    )
     dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
     main([str(dataset)])
     page = (dataset / "run/report/index.html").read_text()
@@ -277,6 +279,7 @@ def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.C
     page = (dataset / "run/report/index.html").read_text()
     assert [str(image["alt"]) for image in Page(page).images()[:2]] == ["decoded: caption 0", "decoded: caption 1"]
     assert "1.50 to 2.25 s of its source" in page
+    assert page.count("mirrored copy") == 1
     assert "PSNR <b>" not in page
 
 
