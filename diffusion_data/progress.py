@@ -83,9 +83,10 @@ class Progress:
             done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
             seconds = time.monotonic() - started
             finished = self._done_before + done
-            left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
-            if finished == self._total_rows and not stopping:
-                left = "encoding the last"  # rows are counted when they are decoded
+            if finished == self._total_rows:
+                left = "0:00:00 left" if stopping else "encoding the last"  # rows are counted when they are decoded
+            else:
+                left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
             print(
                 f"{finished}/{self._total_rows} rows, {samples / seconds:.1f} samples/s, {left}, "
                 f"{rejected} rejected{_busy(self._ranks)}",

@@ -226,7 +226,7 @@ def test_a_terminal_of_unknown_size_gets_lines() -> None:
     with terminal(0, 0) as (stream, shown):
         with Progress(one, total_rows=5, done_before=5, stream=stream):
             pass
-        assert shown().startswith("5/5 rows, 0.0 samples/s, ")
+        assert shown().startswith("5/5 rows, 0.0 samples/s, 0:00:00 left, ")
 
 
 def test_rows_that_are_decoded_but_not_written_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
