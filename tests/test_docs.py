@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffusion_data.command_line import run
 from diffusion_data.media import MediaLoader
 from tests.small_source import picture_bytes
 from tests.written_commands import PREPARE_SAMPLE, REPOSITORY, run_here
@@ -162,6 +163,26 @@ def test_the_slurm_script_starts_a_job_and_hands_its_words_on(tmp_path: Path) ->
     assert finished.returncode == 0, finished.stderr
     assert "dataset: 1 rows = 1 written + 0 rejected" in finished.stdout
     assert json.loads((tmp_path / "dataset/run/stats.json").read_text())["written"] == 1
+
+
+CONFIGS = {"prepare_energon_dataset.py": "prepare", "train.py": "train"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_give_options_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that nobody can wait for, or that take several machines."""
+    for words in map(shlex.split, commands(page)):
+        place, script = next((place, Path(word).name) for place, word in enumerate(words) if "scripts/" in word)
+        options = words[place + 1 :]
+        if script in CONFIGS and "--config-dir" not in options:
+            composed: list[object] = []
+            monkeypatch.setattr(sys, "argv", [script, *options])
+            run(composed.append, CONFIGS[script])
+            assert composed
+        elif script.endswith(".py"):
+            source = (REPOSITORY / "scripts" / script).read_text()
+            for option in (word for word in options if word.startswith("--") and word != "--config-dir"):
+                assert f'"{option}"' in source or f'"{option.replace("--no-", "--")}"' in source, (script, option)
 
 
 @pytest.mark.parametrize("page", PAGES)
