@@ -80,8 +80,8 @@ def _sheet(entries: list[SheetEntry]) -> str:
         return ""
     compared = any(entry.source for entry in entries)
     told = (
-        "On the left what was encoded, on the right what the stored latent decodes to. PSNR tells how near the two "
-        "are: above 30 dB a difference is hard to see."
+        "On the left, or above, what was encoded; beside it what the stored latent decodes to. PSNR tells how near "
+        "the two are: above 30 dB a difference is hard to see."
         if compared
         else "What the stored latents decode to."
     )
