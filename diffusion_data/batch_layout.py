@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,8 @@ import torch
 from diffusion_data.diffusion_sample import DiffusionSample
 from diffusion_data.errors import UserError
 from diffusion_data.patchify import patchify_into
+
+_ONE_AS_BFLOAT16 = 0x3F80
 
 
 def padded_batch(samples: Sequence[DiffusionSample], *, length: int, text_length: int) -> dict[str, Any]:
@@ -34,14 +35,13 @@ def padded_batch(samples: Sequence[DiffusionSample], *, length: int, text_length
         if patches < length:
             video[row, patches:] = 0
             positions[row, patches:] = 0
-    lengths = per_sample_values(samples)
     return {
         "video": video,
         "t5_text_embeddings": text,
-        "t5_text_mask": mask_of(lengths["seq_len_kv"], text_length),
-        "loss_mask": mask_of(lengths["seq_len_q"], length),
+        "t5_text_mask": mask_of([sample.seq_len_kv for sample in samples], text_length),
+        "loss_mask": mask_of([sample.seq_len_q for sample in samples], length),
         "pos_ids": positions,
-        **lengths,
+        **per_sample_values(samples),
     }
 
 
@@ -71,14 +71,12 @@ def per_sample_values(samples: Sequence[DiffusionSample]) -> dict[str, Any]:
     return values
 
 
-def mask_of(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+def mask_of(lengths: Sequence[int], longest: int) -> torch.Tensor:
     """bfloat16 (B, longest): 1 for the first of each row."""
-    return (_counting(longest) < lengths.unsqueeze(1)).to(torch.bfloat16)
-
-
-@lru_cache(maxsize=64)
-def _counting(count: int) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.int32)
+    bits = np.zeros((len(lengths), longest), np.int16)
+    for row, length in zip(bits, lengths, strict=True):
+        row[:length] = _ONE_AS_BFLOAT16
+    return torch.from_numpy(bits).view(torch.bfloat16)
 
 
 class Widths(NamedTuple):

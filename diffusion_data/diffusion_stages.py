@@ -77,7 +77,7 @@ class DiffusionStages(DefaultTaskEncoder[CookedSample, DiffusionSample, dict, di
             if length is None:
                 length = max(sample.seq_len_q for sample in samples)
             batch = padded_batch(samples, length=self._padded(length), text_length=self._padded(text_length))
-        self.positions.add(used=int(batch["seq_len_q"].sum()), total=batch["loss_mask"].numel())
+        self.positions.add(used=sum(batch["seq_len_q"].tolist()), total=batch["loss_mask"].numel())
         return batch
 
     def select_samples_to_pack(self, samples: Sequence[DiffusionSample]) -> list[list[DiffusionSample]]:

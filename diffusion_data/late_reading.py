@@ -4,8 +4,9 @@ energon reads each sample when its turn comes in the order of the slices, and sh
 megabytes that have left the processor's caches when they are wanted, and that are read again for each resume. Here the
 order goes through the shuffle buffer as sample numbers. What is read last is used first.
 
-`read_ahead` samples are read by as many threads while the ones before them are used. That neither changes their
-order nor what is saved of it.
+`read_ahead` samples are read by as many threads while the ones before them are used, but for those that the system
+still holds in memory: handing one over to a thread takes longer than copying it. None of that changes their order or
+what is saved of it.
 """
 
 from __future__ import annotations
@@ -101,13 +102,20 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
             threads.close()
 
     def _read_by(self, threads: ReadThreads) -> Iterator[RawSampleData]:
-        """In the order of `_coming`, which holds those that are being read."""
+        """In the order of `_coming`, which holds those that are due next."""
         places = deque[Place | None]()
+        reads = deque[Callable[[], memoryview | None]]()
 
         def begin(sample: RawSampleData) -> None:
             place = self.reader.place_of(_number(sample))
             places.append(place)
-            threads.begin(_nothing if place is None else place.read)
+            if place is None:
+                reads.append(_nothing)
+            elif place.is_cached():
+                reads.append(place.read)
+            else:
+                threads.begin(place.read)
+                reads.append(threads.next)
 
         for sample in self._coming:  # none but after a resume
             begin(sample)
@@ -121,7 +129,7 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
                     begin(following)
             if not places:
                 break
-            block = threads.next()
+            block = reads.popleft()()
             yield self._complete(self._coming.pop(0), places.popleft(), block)
         self._emptying = False
 
@@ -151,15 +159,17 @@ class ReadThreads:
     """Calls functions in threads, by turns; their results are taken in the order in which they were begun.
 
     A queue to and from each thread costs the caller a few microseconds a call, a pool's futures as much as reading.
+    The threads start with the first call.
     """
 
     def __init__(self, count: int) -> None:
         self._lanes = [(SimpleQueue[Any](), SimpleQueue[Any]()) for _ in range(count)]
         self._begun = self._taken = 0
-        for number, lane in enumerate(self._lanes):
-            Thread(target=_call_in_turn, args=lane, name=f"read_ahead_{number}", daemon=True).start()
 
     def begin(self, function: Callable[[], Any]) -> None:
+        if self._begun == 0:
+            for number, lane in enumerate(self._lanes):
+                Thread(target=_call_in_turn, args=lane, name=f"read_ahead_{number}", daemon=True).start()
         functions, _ = self._lanes[self._begun % len(self._lanes)]
         self._begun += 1
         functions.put(function)

@@ -57,7 +57,7 @@ def packed_batch(rows: Sequence[Sequence[DiffusionSample]], *, length: int, mult
     return {
         "video": video,
         "t5_text_embeddings": text,
-        "t5_text_mask": mask_of(torch.tensor([row[-1] for row in text_starts], dtype=torch.int32), text_length),
+        "t5_text_mask": mask_of([row[-1] for row in text_starts], text_length),
         "loss_mask": loss_mask,
         "pos_ids": positions,
         **values,

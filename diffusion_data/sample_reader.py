@@ -10,6 +10,7 @@ Order, state and resume are not touched: they are decided by which sample number
 from __future__ import annotations
 
 import os
+import re
 import struct
 import tarfile
 from bisect import bisect_right
@@ -27,9 +28,18 @@ from megatron.energon.source_info import SourceInfo
 
 _OPEN_SHARDS = 64  # more than energon reads from at a time: a shuffle buffer reaches back
 _BLOCK = 512  # bytes of a tar header; contents are filled up to a multiple
-_CHECKSUM = slice(148, 156)  # counted as spaces
-_SPACES = 8 * ord(" ")
+_SPACE = ord(" ")  # what each byte of the checksum counts as
+# Plain: a file in the format of POSIX without extensions, with names in ASCII, owned by no matter whom. Anything else,
+# as a size beyond 8 GB, which isn't written in octal, is not matched.
+_PLAIN_HEADER = re.compile(
+    rb"(?=([\x01-\x7f]{100}|[\x01-\x7f]{1,99}(?=\0))).{100}"  # name
+    rb".{24}([0-7]{11})[\0 ].{12}"  # mode, uid, gid; size; mtime
+    rb"([0-7]{6}[\0 ]{2}|[0-7]{7}[\0 ])0.{100}ustar.{3}.{80}"  # checksum; type; linkname; magic; owner, device
+    rb"(?=([\x01-\x7f]{155}|[\x01-\x7f]{0,154}(?=\0))).{155}.{12}",  # prefix
+    re.DOTALL,
+)
 _OFFSETS = struct.Struct("<2Q")  # where a sample begins and where the next one does
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux only
 
 
 def local_reader(reader: Any) -> LocalTarReader | None:
@@ -133,6 +143,10 @@ class Place:
         """Headers and contents, with one system call; None if they aren't where they should be. In any thread."""
         return self.shard.read(self.number)
 
+    def is_cached(self) -> bool:
+        """True if `read` need not wait for a disk or network."""
+        return self.shard.is_cached(self.number)
+
 
 class _Shard:
     """A tar and its index, open. Reads name their offset, so that forked workers may share it."""
@@ -165,6 +179,20 @@ class _Shard:
             done += count
         return block
 
+    def is_cached(self, number: int) -> bool:
+        """True if the system holds the sample's first and last byte in memory, and so most likely all between."""
+        if _NOWAIT is None:
+            return False
+        tar, index = self._files
+        offsets, byte = bytearray(_OFFSETS.size), bytearray(1)
+        try:
+            if os.preadv(index, [offsets], _OFFSETS.size // 2 * number, _NOWAIT) != _OFFSETS.size:
+                return False
+            begin, end = _OFFSETS.unpack(offsets)
+            return all(os.preadv(tar, [byte], place, _NOWAIT) == 1 for place in (begin, end - 1))
+        except OSError:  # it would have to wait, or this file system can't tell; an error comes again with `read`
+            return False
+
 
 def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:
     """Names and contents of the files in a stretch of a tar; None if it holds anything but plain files."""
@@ -172,22 +200,16 @@ def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:
     position = 0
     while position < len(content):
         header = bytes(content[position : position + _BLOCK])
-        # Plain: a file in the format of POSIX without extensions, owned by no matter whom.
-        if len(header) < _BLOCK or header[156:157] != b"0" or header[257:262] != b"ustar":
+        matched = _PLAIN_HEADER.fullmatch(header)
+        if matched is None:
             return None
-        size, checksum = _octal(header[124:136]), _octal(header[_CHECKSUM])
-        if size is None or sum(header) - sum(header[_CHECKSUM]) + _SPACES != checksum:
+        name, size, checksum, prefix = matched.groups()
+        if sum(header) - sum(checksum) + len(checksum) * _SPACE != int(checksum.rstrip(b"\0 "), 8):
             return None
-        name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
         start = position + _BLOCK
-        if start + size > len(content) or not name.isascii() or not prefix.isascii():
+        stop = start + int(size, 8)
+        if stop > len(content):
             return None
-        members.append(((prefix + b"/" + name if prefix else name).decode(), content[start : start + size]))
-        position = start + -(-size // _BLOCK) * _BLOCK
+        members.append(((prefix + b"/" + name if prefix else name).decode(), content[start:stop]))
+        position = start + -((start - stop) // _BLOCK) * _BLOCK
     return members
-
-
-def _octal(field: bytes) -> int | None:
-    """A number of a tar header; None if it is written in another way, as those beyond 8 GB are."""
-    digits = field.partition(b"\0")[0].strip()
-    return int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else None

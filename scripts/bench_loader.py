@@ -184,6 +184,7 @@ def wait_before_reads(seconds: float) -> None:
         return read(place)
 
     setattr(sample_reader.Place, "read", slow)  # noqa: B010 - mypy takes an assignment for a method
+    setattr(sample_reader.Place, "is_cached", lambda place: False)  # noqa: B010
 
 
 def rate(source: Iterator[Any], steps: int, samples_per_step: int, clock: Callable[[], float]) -> float:

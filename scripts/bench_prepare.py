@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
+from bench_ceilings import Ceiling, ceilings
 from bench_material import Material, make_encoders, write_rows
 from bench_original import original_way
 
-from diffusion_data.batch_encoder import BatchEncoder, BatchRecord
 from diffusion_data.batching import BatchingConfig, free_bytes
 from diffusion_data.distributed import usable_cpus
-from diffusion_data.encode_pipeline import batches_by_length
 from diffusion_data.encoders import Encoders
 from diffusion_data.finish import Totals
 from diffusion_data.media import MediaConfig
@@ -39,8 +36,6 @@ from diffusion_data.prepare_config import PrepareConfig, TextEncoderConfig, Toke
 from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.sources import SourceConfig
 from diffusion_data.stage_times import WAITS, StageTimes
-
-_SECONDS_A_CEILING = 3.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,7 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encode-threads", type=int, help="on a CPU")
     parser.add_argument("--pixels-per-batch", type=int)
     parser.add_argument("--tokens-per-batch", type=int)
+    parser.add_argument("--samples-per-shard", type=int, help="default: chosen by the number of rows")
     parser.add_argument("--compile", action="store_true", help="tokenizer.compile")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="what one device can do at most in the models' dtype, to tell the share of it"
+    )
     parser.add_argument("--only-job", action="store_true", help="no ceilings and no original: for measuring memory")
     parser.add_argument("--json", type=Path, default=Path("bench_prepare.json"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the starter, in torchrun's processes
@@ -91,8 +90,8 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     material = Material(pixels=arguments.pixels, num_frames=arguments.frames, fewest_words=fewest, most_words=most)
     write_rows(folder / "rows.parquet", arguments.rows, material)
     encoders = make_models(arguments, device)
-    alone = {} if arguments.only_job else ceilings(arguments, encoders, folder)
-    rows = pq.read_table(folder / "rows.parquet").slice(0, arguments.original_rows).to_pylist()
+    alone = {} if arguments.only_job else _ceilings(arguments, encoders, folder)
+    rows = _first_rows(folder / "rows.parquet", arguments.original_rows)
     jobs, original = [], []
     for number in range(arguments.repeats):  # alternating, since the machine may change its pace meanwhile
         if arguments.original_rows and not arguments.only_job:
@@ -115,18 +114,34 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
     }
 
 
+def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:  # the whole table would count as the job's memory
+        batch = next(file.iter_batches(max(1, count)))
+    return batch.to_pylist()[:count]
+
+
+def _ceilings(arguments: argparse.Namespace, encoders: Encoders, folder: Path) -> dict[str, Ceiling]:
+    budgets = job_config(arguments, folder / "job").batching.budgets(free_bytes(encoders.tokenizer.device))
+    shape = (arguments.frames, arguments.pixels, arguments.pixels, 3)
+    captions = pq.read_table(folder / "rows.parquet", columns=["caption"])["caption"].to_pylist()
+    size = max(1, min(budgets.pixels // math.prod(shape[:3]), arguments.rows))
+    threads = usable_cpus() if arguments.encode_threads is None else arguments.encode_threads
+    return ceilings(encoders, budgets, shape, size, list(dict.fromkeys(captions[:512])), threads, arguments.compile)
+
+
 def _rates(
     arguments: argparse.Namespace,
     device: torch.device,
     job: dict[str, Any],
-    alone: dict[str, float],
+    alone: dict[str, Ceiling],
     original: list[dict[str, float]],
 ) -> dict[str, Any]:
     seconds, processors = job["phases"]["encode"], usable_cpus()
     rate = job["written"] / seconds
     cpu_seconds = job["stage_cpu_seconds"]
     if device.type == "cuda":
-        ceiling = arguments.processes / sum(1 / each for each in alone.values()) if alone else None
+        each_alone = [each.samples_per_second for each in alone.values()]
+        ceiling = arguments.processes / sum(1 / each for each in each_alone) if alone else None
         lanes = dict.fromkeys(("tokenizer", "text_encoder"), arguments.processes)
         used = {stage: job["stage_seconds"].get(stage, 0.0) for stage in lanes}
         used.update({stage: each for stage, each in cpu_seconds.items() if stage not in lanes})
@@ -137,7 +152,7 @@ def _rates(
         "samples_per_second": rate,
         "ceiling_samples_per_second": ceiling,
         "fraction_of_ceiling": rate / ceiling if ceiling else None,
-        "encoder_alone_samples_per_second": alone,
+        "encoder_alone": {name: each.figures(arguments.peak_tflops) for name, each in alone.items()},
         "original": original,
         "speedup_over_original": rate / max(each["samples_per_second"] for each in original) if original else None,
         "cpu_seconds_a_sample": sum(cpu_seconds.values()) / job["written"],
@@ -181,7 +196,7 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         source=SourceConfig(path=str(folder.parent / "rows.parquet")),
         process_func={"_target_": "diffusion_data.process_funcs.media_caption"},
         metadata_columns=(),
-        samples_per_shard=None,
+        samples_per_shard=arguments.samples_per_shard,
         split_ratio=(1, 0, 0),
         row_timeout_seconds=None,
         num_workers=arguments.num_workers,
@@ -207,55 +222,6 @@ def _times(totals: Totals) -> dict[str, Any]:
     return {name: getattr(totals, name) for name in ("written", "stage_seconds", "stage_cpu_seconds")}
 
 
-def ceilings(arguments: argparse.Namespace, encoders: Encoders, folder: Path) -> dict[str, float]:
-    """Samples/s of each encoder on ready batches of the job's shapes, as many at a time as the job runs."""
-    threads = usable_cpus() if arguments.encode_threads is None else arguments.encode_threads
-    budgets = job_config(arguments, folder / "job").batching.budgets(free_bytes(encoders.tokenizer.device))
-    size = max(
-        1,
-        min(budgets.pixels // (arguments.pixels**2 * arguments.frames), arguments.rows),
-    )
-    rng = np.random.default_rng(0)
-    shape = (arguments.frames, arguments.pixels, arguments.pixels, 3)
-    frames = [rng.integers(0, 256, shape, np.uint8) for _ in range(size)]
-    captions = pq.read_table(folder / "rows.parquet", columns=["caption"])["caption"].to_pylist()
-    tokens = encoders.text_encoder.tokenize(list(dict.fromkeys(captions[:512])))
-    batches = list(batches_by_length([len(each) for each in tokens], budgets.tokens))
-    compiled = budgets.pixels if arguments.compile else None
-    torch.set_num_threads(1)
-    with BatchEncoder(encoders.tokenizer, encoders.text_encoder, threads, compiled) as encoder:
-
-        def run_tokenizer() -> tuple[int, list[Any]]:
-            rounds = 2 * max(threads, 1)
-            return rounds * size, [encoder.encode_frames(frames, BatchRecord()) for _ in range(rounds)]
-
-        def run_text_encoder() -> tuple[int, list[Any]]:
-            return len(tokens), [
-                encoder.encode_tokens([tokens[each] for each in batch], BatchRecord()) for batch in batches
-            ]
-
-        return {
-            "tokenizer": _rate(run_tokenizer, encoder),
-            "text_encoder": _rate(run_text_encoder, encoder),
-        }
-
-
-def _rate(run: Callable[[], tuple[int, list[Any]]], encoder: BatchEncoder) -> float:
-    """Samples/s of what `run` submits, after a first round to warm up."""
-    done, started = 0, None
-    while started is None or time.perf_counter() - started < _SECONDS_A_CEILING:
-        number, futures = run()
-        for future in futures:
-            future.result()
-        if event := encoder.finished():
-            event.synchronize()
-        if started is None:
-            started = time.perf_counter()
-        else:
-            done += number
-    return done / (time.perf_counter() - started)
-
-
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -276,8 +242,10 @@ def print_table(result: dict[str, Any]) -> None:
 
     print(f"{result['machine']}, torch {result['torch']}")
     line("end to end", result["samples_per_second"], "samples/s")
-    for name, rate in result["encoder_alone_samples_per_second"].items():
-        line(f"{name} alone", rate, "samples/s")
+    for name, alone in result["encoder_alone"].items():
+        line(f"{name} alone", alone["samples_per_second"], "samples/s")
+        line("  its arithmetic", alone["tflops"], "TFLOP/s")
+        line("  share of the device's peak", alone["share_of_peak"], "")
     line("ceiling", result["ceiling_samples_per_second"], "samples/s")
     line("fraction of the ceiling", result["fraction_of_ceiling"], "")
     line("CPU time a sample", result["cpu_seconds_a_sample"], "s")

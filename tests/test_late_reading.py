@@ -19,6 +19,7 @@ from diffusion_data.errors import UserError
 from diffusion_data.late_reading import ReadThreads, late_readers
 from diffusion_data.safe_decoder import SafeDecoder
 from diffusion_data.sample_reader import LocalTarReader, _Shard
+from tests import datamodules
 from tests.tiny_dataset import tiny_sample, write_dataset
 
 EVERY_PLACE = os.environ.get("RESUME_FROM_EVERY_PLACE")  # instead of from every fifth
@@ -31,8 +32,7 @@ def twelve(tmp_path_factory) -> Path:
 
 
 def module(path: Path, read_ahead: int, **options) -> DiffusionDataModule:
-    options = {"global_batch_size": 1, "num_workers": 0, "shuffle_buffer_size": 5, **options}
-    return DiffusionDataModule(path, read_ahead=read_ahead, **options)
+    return datamodules.module(path, read_ahead=read_ahead, shuffle_buffer_size=5, **options)
 
 
 def endless(data: DiffusionDataModule) -> Iterator[int]:
@@ -51,6 +51,17 @@ def dataset_of(path: Path, training: bool, encoder: BasicDiffusionTaskEncoder | 
     return get_val_dataset(str(path), **options)
 
 
+@pytest.fixture(autouse=True)
+def cached(request, monkeypatch) -> None:
+    """Which samples the system seems to hold in memory; none, unless a test says all or some."""
+    which = getattr(request, "param", "none")
+    answer = {"all": lambda number: True, "none": lambda number: False, "some": lambda number: number % 2 == 0}[which]
+    monkeypatch.setattr(_Shard, "is_cached", lambda shard, number: answer(number))
+
+
+wherever_samples_are = pytest.mark.parametrize("cached", ["all", "none", "some"], indirect=True)
+
+
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """The names of the threads that read a sample, a name for each read."""
@@ -65,6 +76,7 @@ def reads(monkeypatch) -> list[str]:
     return names
 
 
+@wherever_samples_are
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_reading_ahead_changes_no_order(twelve, num_workers):
     orders = [list(islice(endless(module(twelve, n, num_workers=num_workers)), 40)) for n in (0, 20)]
@@ -72,11 +84,13 @@ def test_reading_ahead_changes_no_order(twelve, num_workers):
     assert set(orders[0]) == set(range(12))
 
 
+@wherever_samples_are
 def test_every_pass_holds_each_sample_once(twelve):
     order = list(islice(endless(module(twelve, 4)), 36))
     assert [sorted(order[start : start + 12]) for start in (0, 12, 24)] == [list(range(12))] * 3
 
 
+@wherever_samples_are
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (4, 4), (4, 0), (0, 4), (30, 2)])
 def test_resumes_exactly_wherever_it_was_saved_and_with_another_read_ahead(twelve, before, after):
     reference = module(twelve, before)
@@ -98,6 +112,14 @@ def test_nothing_is_read_before_it_is_wanted_but_what_is_read_ahead(twelve, read
     next(endless(module(twelve, 3)))
     assert len(reads) <= 3
     assert set(reads) <= {"read_ahead_0", "read_ahead_1", "read_ahead_2"}
+
+
+@pytest.mark.parametrize("cached", ["all"], indirect=True)
+def test_samples_in_memory_need_no_thread(twelve, reads):
+    before = set(threading.enumerate())
+    list(islice(endless(module(twelve, 3)), 6))
+    assert reads == ["MainThread"] * 6
+    assert set(threading.enumerate()) <= before
 
 
 def test_resuming_reads_no_sample_that_waits_in_the_shuffle_buffer(twelve, reads):

@@ -204,3 +204,48 @@ def test_energons_reader_has_the_fields_that_are_copied(ten):
     for name in ("base_path", "shard_infos", "part_filter", "itar_cache_size", "sample_filter", "shard_count_cumsum"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert dataclasses.asdict(theirs.shard_infos[0])["count"] == 4
+
+
+def test_a_sample_just_written_is_in_memory(tmp_path):
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
+    _, reader = readers(folder)
+    places = [reader.place_of(index) for index in range(3)]
+    assert all(place is not None and place.is_cached() for place in places)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system can't be told to forget a file")
+def test_a_sample_that_the_system_forgot_is_not_in_memory_and_is_after_reading(tmp_path):
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
+    _, reader = readers(folder)
+    place = reader.place_of(1)
+    assert place is not None
+    with (folder / "shard_000000.tar").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if place.is_cached():
+        pytest.skip("this file system keeps its files in memory")
+    assert place.read() is not None
+    assert place.is_cached()
+
+
+def test_where_the_system_cannot_tell_nothing_is_in_memory(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
+    _, reader = readers(folder)
+    place = reader.place_of(1)
+    assert place is not None
+
+    def unsupported(*arguments: object) -> int:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "preadv", unsupported)
+    assert not place.is_cached()
+    monkeypatch.setattr("diffusion_data.sample_reader._NOWAIT", None)
+    assert not place.is_cached()
+
+
+def test_a_place_beyond_the_index_is_not_in_memory(tmp_path):
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(0)])
+    _, reader = readers(folder)
+    place = reader.place_of(0)
+    assert place is not None
+    assert not dataclasses.replace(place, number=1).is_cached()
