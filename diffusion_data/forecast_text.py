@@ -154,7 +154,7 @@ def _time(forecast: Forecast, num_rows: int, machines: Machines) -> Iterator[str
 
 def _duration(hours: float) -> str:
     if hours < 1 / 60:
-        return f"{hours * 3600:.0f} seconds"
+        return f"{hours * 3600:.0f} seconds" if hours * 3600 >= 1.5 else "about a second"
     return f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
 
 

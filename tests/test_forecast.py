@@ -164,6 +164,8 @@ def test_the_slowest_part_decides_how_long_it_takes() -> None:
     said = forecast_text(forecast, shards, on_gpu, max_length=512, max_reject_rate=0.05)
     assert "10.0 hours with 2 GPUs, 13.3 rows/s, held up by the GPU" in said
     assert "money     60.00" in said
+    few = [Shard(number=0, start=0, stop=10)]
+    assert "about a second with 2 GPUs" in forecast_text(forecast, few, on_gpu, max_length=512, max_reject_rate=0.05)
     assert "rejected  none of 10, so most likely less than 30.0% of all" in said
 
 
