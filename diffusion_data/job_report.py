@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
+from diffusion_data.durable_file import remove_folder
 from diffusion_data.prepare_config import TokenizerConfig
 from diffusion_data.row_decoder import RowDecoder
 from diffusion_data.source_frames import SourceFrames
@@ -38,6 +39,7 @@ def write_job_report(
     if (folder / PAGE).is_file():
         return None
     try:
+        remove_folder(folder)  # of one that was interrupted, or a link, which would be followed
         page = write_report(
             output_dir,
             folder,

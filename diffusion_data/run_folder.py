@@ -63,7 +63,7 @@ class RunFolder:
         with explained(self.output_dir):
             make_folder(ledger_folder(self.output_dir))
             check_or_write_fingerprint(self.run / "fingerprint.json", fingerprint)
-            for folder in (self.output_dir, self.run, ledger_folder(self.output_dir), report_folder(self.output_dir)):
+            for folder in (self.output_dir, self.run, ledger_folder(self.output_dir)):
                 remove_partial_files(folder)
             with durable_file(self.run / "config.yaml") as file:
                 file.write(yaml.safe_dump(config, sort_keys=False).encode())

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import shutil
-from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -173,9 +172,9 @@ def test_psnr_of_known_pictures() -> None:
 
 
 def blocks_the_report(row: dict[str, Any], *, media: MediaLoader, dataset: str) -> MediaSample:
-    """Puts a file where the report's folder should be, once the run has begun."""
-    with suppress(FileExistsError):
-        (Path(dataset) / "run/report").touch(exist_ok=False)
+    """Puts a file where the report's folder should be, when the report has begun."""
+    if (Path(dataset) / "run/stats.json").exists():
+        (Path(dataset) / "run/report").touch()
     return media_caption(row, media=media)
 
 
@@ -230,6 +229,16 @@ def test_a_report_that_was_interrupted_is_written_by_the_same_command_and_nothin
     assert page.count("<figure>") == 11
     assert page.count("PSNR <b>") == 11
     assert {path.suffix for path in (dataset / "run/report").iterdir()} == {".html", ".png"}
+
+
+def test_a_link_planted_where_the_report_goes_is_not_followed(prepared: Path, tmp_path: Path) -> None:
+    dataset, elsewhere = shutil.copytree(prepared, tmp_path / "dataset"), tmp_path / "elsewhere"
+    shutil.rmtree(dataset / "run/report")
+    elsewhere.mkdir()
+    (dataset / "run/report").symlink_to(elsewhere)
+    prepare(prepare_config(prepared.parent / "source.parquet", dataset, report=True))
+    assert not list(elsewhere.iterdir())
+    assert (dataset / "run/report/index.html").exists()
 
 
 def test_no_report_of_what_was_there_before_outlives_a_change(prepared: Path, tmp_path: Path) -> None:
