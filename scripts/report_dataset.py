@@ -12,6 +12,8 @@ only for datasets of yours.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -75,6 +77,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(words)
     dataset: Path = arguments.dataset
+    if arguments.sources:
+        sys.path.insert(0, os.getcwd())  # where the job that was started here found the process function too
     try:
         page = write_report(
             dataset,

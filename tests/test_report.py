@@ -8,6 +8,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,20 @@ def test_the_script_shows_no_source_unless_it_is_told_to(prepared: Path, tmp_pat
     assert not CALLS
     main([str(copy), "--output", str(tmp_path / "both"), "--samples", "2", "--sources"])
     assert CALLS
+
+
+def test_the_script_finds_a_process_function_where_it_is_started(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    config = yaml.safe_load((copy / "run/config.yaml").read_text())
+    (tmp_path / "beside_the_dataset.py").write_text("from diffusion_data.process_funcs import media_caption as pet\n")
+    config["process_func"] = {"_target_": "beside_the_dataset.pet"}
+    (copy / "run/config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    main(["copy", "--samples", "2", "--sources"])
+    assert (copy / "run/report/index.html").read_text().count("PSNR <b>") == 2
 
 
 CALLS: list[object] = []
