@@ -30,7 +30,7 @@ class Progress:
         self._ranks = ranks
         self._total_rows = total_rows
         self._done_before = done_before
-        self._stream = stream or sys.stderr
+        self._stream: TextIO | None = stream or sys.stderr  # which is None in a process without one
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -51,6 +51,8 @@ class Progress:
 
     def _show(self) -> None:
         with suppress(UserError):  # the store is gone: the main thread will notice
+            if self._stream is None:
+                return
             if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).lines:  # else tqdm draws nothing
                 self._show_bar()
             else:
