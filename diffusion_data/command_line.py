@@ -255,6 +255,7 @@ def _exit_with_one_line(message: str) -> NoReturn:
     where = ""
     if rank > 0:
         # Most mistakes hit every rank. Rank 0 tells them; torchrun then ends the others before they repeat it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # silently: there is nothing to clean up any more
         time.sleep(_SECONDS_FOR_RANK_0_TO_TELL)
         where = f" rank {rank}:"
     print(f"{Path(sys.argv[0]).name}:{where} error: {_one_line(message)}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from diffusion_data.forecast import Forecast
+from diffusion_data.reject_limit import REJECT_RATE_ROWS
 from diffusion_data.shard_plan import Shard
 from diffusion_data.stored_size import tar_overhead_bytes
 
@@ -38,7 +39,7 @@ def forecast_text(
     lines = [
         f"plan: {num_rows:,} rows, {forecast.looked_at:,} of them looked at; nothing is written",
         f"  samples   about {samples:,}; shards: {len(shards):,} of {shards[0].num_rows:,} rows",
-        *_rejects(forecast, scale, max_reject_rate),
+        *_rejects(forecast, num_rows, max_reject_rate),
     ]
     if forecast.samples:
         lines += [
@@ -80,8 +81,8 @@ def seconds_per_row(forecast: Forecast, machines: Machines) -> dict[str, float]:
     return {"the GPU": frames + captions, "fetching and decoding": waiting / workers, "writing": store}
 
 
-def _rejects(forecast: Forecast, scale: float, max_reject_rate: float) -> Iterator[str]:
-    rejected = sum(forecast.rejected.values())
+def _rejects(forecast: Forecast, num_rows: int, max_reject_rate: float) -> Iterator[str]:
+    rejected, scale = sum(forecast.rejected.values()), num_rows / forecast.looked_at
     if not rejected:
         # Nothing in n tries leaves, at 95%, a share of 3 / n.
         certainty = "" if scale == 1 else f", so most likely less than {3 / forecast.looked_at:.1%} of all"
@@ -92,7 +93,9 @@ def _rejects(forecast: Forecast, scale: float, max_reject_rate: float) -> Iterat
     for reason, count in forecast.rejected.most_common():
         yield f"            {reason} {round(count * scale):,} ({count:,} seen)"
     if rate > max_reject_rate:
-        yield f"            more than max_reject_rate={max_reject_rate:g} allows: the run would stop"
+        few = f", which stops runs of {REJECT_RATE_ROWS} rows or more"
+        told = few if num_rows < REJECT_RATE_ROWS else " allows: the run would stop"
+        yield f"            more than max_reject_rate={max_reject_rate:g}{told}"
 
 
 def _shapes(forecast: Forecast) -> Iterator[str]:
@@ -151,7 +154,7 @@ def _time(forecast: Forecast, num_rows: int, machines: Machines) -> Iterator[str
 
 def _duration(hours: float) -> str:
     if hours < 1 / 60:
-        return f"{hours * 3600:.0f} seconds"
+        return f"{hours * 3600:.0f} seconds" if hours * 3600 >= 1.5 else "about a second"
     return f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
 
 

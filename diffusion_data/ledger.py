@@ -1,6 +1,7 @@
 """The ledger: one json file a finished shard, written after the shard. What it doesn't list isn't done.
 
-A shard that is made again is struck off first, so that no entry ever tells of other bytes than those beside it.
+A shard that is made again is struck off before its file changes, so that no entry ever tells of other bytes than those
+beside it.
 """
 
 from __future__ import annotations

@@ -88,9 +88,11 @@ def _prepare(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, pha
             )
             read_one_batch(output_dir, config.split_ratio)
         print(summary(config, totals, num_todo, phases.seconds()), flush=True)
-        if config.report and num_todo:
+        if config.report:
             decoder = partial(row_decoder, config)
-            print(write_job_report(output_dir, job.source, decoder, job.encoders.tokenizer, config.tokenizer))
+            told = write_job_report(output_dir, job.source, decoder, job.encoders.tokenizer, config.tokenizer)
+            if told is not None:
+                print(told)
     return totals
 
 

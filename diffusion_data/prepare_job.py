@@ -127,6 +127,6 @@ def with_retries(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeW
     if ranks.rank == 0:
         print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
         if gaining:
-            RunFolder(Path(config.output_dir)).drop_metadata()
+            RunFolder(Path(config.output_dir)).drop_what_was_finished()
     numbers = sorted(gaining.union(shard.number for shard in job.todo))
     return replace(job, todo=[job.shards[number] for number in numbers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -19,16 +20,17 @@ ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE = "rows_done", "rows_rejected", "samples_
 
 _SECONDS_BETWEEN_LINES = 15.0  # in a log file
 _SECONDS_BETWEEN_LOOKS = 0.5
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}{postfix}]"
 
 
 class Progress:
     """Shows how far all ranks are: rows, samples/s, time left, rejects, how busy stages are. A context manager."""
 
-    def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO | None = None) -> None:
         self._ranks = ranks
         self._total_rows = total_rows
         self._done_before = done_before
-        self._stream = stream
+        self._stream: TextIO | None = stream or sys.stderr  # which is None in a process without one
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -49,24 +51,30 @@ class Progress:
 
     def _show(self) -> None:
         with suppress(UserError):  # the store is gone: the main thread will notice
-            if self._stream.isatty():
+            if self._stream is None:
+                return
+            if self._stream.isatty() and os.get_terminal_size(self._stream.fileno()).lines:  # else tqdm draws nothing
                 self._show_bar()
             else:
                 self._show_lines()
 
     def _show_bar(self) -> None:
+        started = time.monotonic()
         with tqdm(
             total=self._total_rows,
             initial=self._done_before,
-            unit="row",
+            bar_format=_BAR,
             file=self._stream,
             smoothing=0.1,
             dynamic_ncols=True,
         ) as bar:
             while True:
                 stopping = self._stopped.wait(_SECONDS_BETWEEN_LOOKS)
-                bar.update(self._done_before + self._ranks.count(ROWS_DONE) - bar.n)
-                bar.set_postfix_str(f"{self._ranks.count(ROWS_REJECTED)} rejected{_busy(self._ranks)}")
+                done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
+                rate = samples / (time.monotonic() - started)
+                bar.set_postfix_str(f"{rate:.1f} samples/s, {rejected} rejected{_busy(self._ranks)}", refresh=False)
+                if not bar.update(self._done_before + done - bar.n):
+                    bar.refresh()
                 if stopping:
                     return
 
@@ -77,9 +85,10 @@ class Progress:
             done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
             seconds = time.monotonic() - started
             finished = self._done_before + done
-            left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
-            if finished == self._total_rows and not stopping:
-                left = "encoding the last"  # rows are counted when they are decoded
+            if finished == self._total_rows:
+                left = "0:00:00 left" if stopping else "encoding the last"  # rows are counted when they are decoded
+            else:
+                left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
             print(
                 f"{finished}/{self._total_rows} rows, {samples / seconds:.1f} samples/s, {left}, "
                 f"{rejected} rejected{_busy(self._ranks)}",

@@ -14,7 +14,7 @@ from diffusion_data.ledger import LedgerEntry
 from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE
 from diffusion_data.shard_plan import Shard
 
-_REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
+REJECT_RATE_ROWS = 300  # below, a few bad rows say nothing about the rest
 _SECONDS_BETWEEN_COUNTS = 0.5
 
 
@@ -58,7 +58,7 @@ class RejectLimit:
         self._ranks.count(SAMPLES_DONE, self._samples)
         self._done = self._rejected = self._samples = 0
         self._counted_at = time.monotonic()
-        if all_done >= _REJECT_RATE_ROWS and all_rejected > self._max_reject_rate * all_done:
+        if all_done >= REJECT_RATE_ROWS and all_rejected > self._max_reject_rate * all_done:
             reasons = format_reasons(dict(self._reasons.most_common()))
             raise UserError(
                 f"max_reject_rate: {all_rejected} of {all_done} rows were rejected, more than "

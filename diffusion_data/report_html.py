@@ -80,8 +80,8 @@ def _sheet(entries: list[SheetEntry]) -> str:
         return ""
     compared = any(entry.source for entry in entries)
     told = (
-        "On the left what was encoded, on the right what the stored latent decodes to. PSNR tells how near the two "
-        "are: above 30 dB a difference is hard to see."
+        "On the left, or above, what was encoded; beside it what the stored latent decodes to. PSNR tells how near "
+        "the two are: above 30 dB a difference is hard to see."
         if compared
         else "What the stored latents decode to."
     )
@@ -152,6 +152,8 @@ def _details(entry: SheetEntry) -> str:
         shown = "" if total == entry.frames_shown else f"first {entry.frames_shown} of "
         parts.append(f"{shown}{total} frames")
         parts.append("unknown rate" if entry.fps is None else f"{entry.fps:.4g} fps")
+    if entry.mirrored:
+        parts.append("mirrored copy")
     if entry.seconds is not None:
         parts.append(f"{entry.seconds[0]:.2f} to {entry.seconds[1]:.2f} s of its source")
     return " · ".join(parts)

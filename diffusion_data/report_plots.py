@@ -103,7 +103,9 @@ def write_png(plot: Plot, path: Path) -> None:
         axes.set_xlim(0, 1.15 * plot.longest)
     else:
         axes.axvline(0, color=_MUTED, linewidth=1)
-        axes.errorbar(plot.means, places, xerr=plot.deviations, fmt="o", color=_BAR, elinewidth=5, markersize=5)
+        axes.errorbar(plot.means, places, xerr=plot.deviations, fmt="none", ecolor=_BAR, elinewidth=5)
+        axes.plot(plot.means, places, "o", color="white", markersize=3)
+        axes.set_xlabel("mean ± standard deviation")
         axes.set_yticks(places, [str(channel) for channel in places])
         axes.set_ylabel("channel")
     axes.invert_yaxis()

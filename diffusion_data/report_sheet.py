@@ -62,6 +62,7 @@ class SheetEntry:
     frames_shown: int
     fps: float | None
     seconds: tuple[float, float] | None
+    mirrored: bool
     decoded: Pictures
     source: Pictures | None
     psnr: float | None
@@ -116,6 +117,7 @@ def _entry(
         frames_shown=shown,
         fps=fps,
         seconds=_start_and_end(metadata),
+        mirrored=metadata.get("mirrored") is True,
         decoded=_pictures(decoded, fps),
         source=None,
         psnr=None,

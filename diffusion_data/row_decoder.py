@@ -14,10 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import numpy as np
-from hydra.utils import get_method
 
 from diffusion_data.clips import ClipLengths, LeftOut
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
@@ -154,11 +154,15 @@ def resolve_process_func(name: str) -> Callable[..., MediaSample | list[MediaSam
     Raises:
         UserError: no such module or function.
     """
+    module, _, function = name.rpartition(".")
     try:
-        return get_method(name)
-    except Exception as error:  # hydra wraps whatever importing the user's module raised
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        found = getattr(import_module(module), function)
+    except Exception as error:  # whatever importing the user's module raised
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"process_func._target_: can't import {name}: {cause}") from error
+    if not callable(found):
+        raise UserError(f"process_func._target_: {name} is no function")
+    return cast(Callable[..., Any], found)
 
 
 def handed_over(function: Callable[..., Any]) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from diffusion_data.distributed import usable_cpus
-from diffusion_data.durable_file import durable_file, explained, make_folder, remove_partial_files
+from diffusion_data.durable_file import durable_file, explained, make_folder, remove_folder, remove_partial_files
 from diffusion_data.energon_metadata import remove_energon_metadata
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
+from diffusion_data.job_report import report_folder
 from diffusion_data.ledger import Ledger, LedgerEntry, ledger_folder
 from diffusion_data.run_lock import lock_folder
 from diffusion_data.shard_plan import Shard
@@ -82,7 +83,7 @@ class RunFolder:
 
         verify: "size" compares each tar's size with the ledger's, "full" its checksum too
 
-        If there are any of the first kind, the metadata of an earlier end goes.
+        If there are any of the first kind, the metadata and the report of an earlier end go.
 
         Raises:
             UserError: there are shards of something else.
@@ -99,15 +100,16 @@ class RunFolder:
                 elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
                     retry.append(shard)
             if todo:
-                self.drop_metadata()
+                self.drop_what_was_finished()
             for number in damaged:
                 ledger.remove(shards[number])
         return todo, retry
 
-    def drop_metadata(self) -> None:
-        """What is about to change must not look finished."""
+    def drop_what_was_finished(self) -> None:
+        """What is about to change must not look finished, nor be described as it was."""
         with explained(self.output_dir):
             remove_energon_metadata(self.output_dir)
+            remove_folder(report_folder(self.output_dir))
 
 
 def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:

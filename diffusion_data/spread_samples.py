@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample
-from diffusion_data.shard_reader import read_shard
+from diffusion_data.shard_reader import read_keys, read_shard
 from diffusion_data.spread import at_even_distances
 
-_FIRST_OF_SHARD = 64  # samples of a shard that may be chosen: for those behind, all before would have to be read
+_PASSED_OVER = 64  # samples for each that is chosen: their headers are read, which bounds what a large shard takes
 
 
 def find_shards(dataset: Path) -> list[Path]:
@@ -35,13 +34,21 @@ def spread_samples(shards: Sequence[Path], number: int, problems: list[str]) -> 
     chosen = at_even_distances(shards, number)
     for place, shard in enumerate(chosen):
         count = number // len(chosen) + (place < number % len(chosen))
-        yield from at_even_distances(_first_samples(shard, max(count, _FIRST_OF_SHARD), problems), count)
+        yield from _some_samples(shard, count, problems)
 
 
-def _first_samples(shard: Path, number: int, problems: list[str]) -> list[LatentSample]:
-    samples: list[LatentSample] = []
+def _some_samples(shard: Path, number: int, problems: list[str]) -> Iterator[LatentSample]:
+    """At even distances, of the first of the shard."""
+    keys: list[str] = []
+    problem: Exception | None = None
     try:
-        samples.extend(islice(read_shard(shard), number))
-    except (ValueError, OSError, tarfile.TarError) as error:
-        problems.append(f"{shard.name} can't be read: {' '.join(str(error).split())}")
-    return samples
+        keys.extend(islice(read_keys(shard), _PASSED_OVER * number))
+    except (ValueError, OSError) as error:
+        problem = error
+    wanted = set(at_even_distances(keys, number))
+    try:
+        yield from islice(read_shard(shard, wanted), len(wanted))
+    except (ValueError, OSError) as error:
+        problem = problem or error
+    if problem is not None:
+        problems.append(f"{shard.name} can't be read: {' '.join(str(problem).split())}")

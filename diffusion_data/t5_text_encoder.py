@@ -7,11 +7,9 @@ T5) and float32 on CPU; what leaves here is float16.
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -20,26 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion_data.assets import bundled, bundled_names
 from diffusion_data.errors import UserError
-from diffusion_data.hub_files import WantedFiles, model_folder
+from diffusion_data.t5_files import CONFIG, TOKENIZERS, files_of_t5, find_t5, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
-
-_CONFIG = "config.json"
-_TOKENIZERS = ("tokenizer.json", "spiece.model")
-_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Older repositories (t5-11b is one) have only these; transformers reads them without running code."""
-
-_ALTERNATIVES = ((_CONFIG,), _TOKENIZERS, (*_SAFETENSORS, *_PICKLES))
-"""A model has one of each at least; of weights, the first there is."""
-
-
-_LEGACY_NAMES = ("t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b")
-"""As they were called before the hub had owners; they are google-t5's."""
 
 
 class T5TextEncoder:
@@ -82,8 +65,8 @@ class T5TextEncoder:
         if dtype == torch.float16:
             raise UserError("T5 overflows in float16: use bfloat16 or float32 for the text encoder")
         name = str(name_or_path)
-        folder = _find_folder(name, cache_dir)
-        weight_files = _list_files(name, folder)
+        folder = find_t5(name, cache_dir)
+        weight_files = files_of_t5(name, folder)
         tokenizer, model = _load(name, folder, dtype)
         return cls(
             tokenizer,
@@ -167,80 +150,16 @@ class T5TextEncoder:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def _find_folder(name: str, cache_dir: str | Path | None) -> Path:
-    ours = bundled(name)
-    if ours is not None:
-        return ours
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name in _LEGACY_NAMES:
-        name = f"google-t5/{name}"
-    if folder.is_absolute() or name.startswith(("~", ".")) or name.count("/") != 1:
-        raise UserError(
-            f"no text encoder {name!r}: it is not a folder here, not one of the bundled models "
-            f"({', '.join(bundled_names())}), and not a Hugging Face name such as google-t5/t5-11b"
-        )
-    # an older cache may lack a shard that the index names, so completeness is what loading will check
-    wanted = WantedFiles(
-        kind="text encoder", looked_for=_looked_for(), choose=_choose, is_complete=lambda found: not _lacks(found)
-    )
-    return model_folder(name, wanted, cache_dir)
-
-
-def _looked_for() -> str:
-    return f"looked for {', and '.join(' or '.join(files) for files in _ALTERNATIVES)}"
-
-
-def _choose(names: Collection[str]) -> list[str]:
-    """Of two formats of the same weights, only safetensors."""
-    safetensors = any(name in names for name in _SAFETENSORS)
-    weights = (*_SAFETENSORS, "model-*-of-*.safetensors") if safetensors else (*_PICKLES, "pytorch_model-*-of-*.bin")
-    patterns = (_CONFIG, *_TOKENIZERS, *_TOKENIZER_SETTINGS, *weights)
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
-
-
-def _lacks(folder: Path) -> str:
-    """What isn't there of the files that decide the embeddings, in words; empty when nothing."""
-    found = [any((folder / file).is_file() for file in files) for files in _ALTERNATIVES]
-    missing = [" or ".join(files) for files, present in zip(_ALTERNATIVES, found, strict=True) if not present]
-    if missing:
-        return f"{folder} has no {'; no '.join(missing)}"
-    shards = _shards(folder)
-    absent = sorted(shard for shard in shards or () if not (folder / shard).is_file())
-    if absent or shards == set():
-        return f"{_weights_in(folder)} in {folder} lacks {', '.join(absent) or 'weight_map'}"
-    return ""
-
-
-def _weights_in(folder: Path) -> str:
-    return next(file for file in _ALTERNATIVES[-1] if (folder / file).is_file())
-
-
-def _shards(folder: Path) -> set[str] | None:
-    """The files that the index names; None where the weights are in one file."""
-    weights = _weights_in(folder)
-    return set(_read_json(folder / weights).get("weight_map", {}).values()) if weights.endswith(".index.json") else None
-
-
-def _list_files(name: str, folder: Path) -> list[Path]:
-    """The files that decide the embeddings, sorted; or says what the folder lacks."""
-    if lacks := _lacks(folder):
-        raise UserError(f"text encoder {name!r}: {lacks}")
-    names = {file for file in (_CONFIG, *_TOKENIZERS, *_TOKENIZER_SETTINGS) if (folder / file).is_file()}
-    return [folder / file for file in sorted(names | {_weights_in(folder)} | (_shards(folder) or set()))]
-
-
 def _load(name: str, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, T5EncoderModel
 
-    kind = _read_json(folder / _CONFIG).get("model_type")
+    kind = read_json(folder / CONFIG).get("model_type")
     if kind != "t5":
-        raise UserError(f"text encoder {name!r}: {folder / _CONFIG} is of model_type {kind!r}, not 't5'")
-    if not (folder / _TOKENIZERS[0]).is_file() and find_spec("sentencepiece") is None:
+        raise UserError(f"text encoder {name!r}: {folder / CONFIG} is of model_type {kind!r}, not 't5'")
+    if not (folder / TOKENIZERS[0]).is_file() and find_spec("sentencepiece") is None:
         raise UserError(
-            f"text encoder {name!r}: {folder} has only {_TOKENIZERS[1]}, which is read with sentencepiece: "
+            f"text encoder {name!r}: {folder} has only {TOKENIZERS[1]}, which is read with sentencepiece: "
             "pip install sentencepiece"
         )
     try:
@@ -266,7 +185,7 @@ def _load(name: str, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokeni
     absent = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if absent:
         raise UserError(
-            f"text encoder {name!r}: the weights in {folder} don't fit its {_CONFIG}: "
+            f"text encoder {name!r}: the weights in {folder} don't fit its {CONFIG}: "
             f"{len(absent)} tensors are missing or of another shape, {absent[0]} among them"
         )
     if len(tokenizer) > model.config.vocab_size:
@@ -275,16 +194,6 @@ def _load(name: str, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedTokeni
             f"the network {model.config.vocab_size}: they don't belong together"
         )
     return tokenizer, model
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 @contextmanager

@@ -9,17 +9,15 @@ A dataset without a ledger, made elsewhere, is checked against its `.nv-meta` al
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -28,10 +26,9 @@ from diffusion_data.distributed import usable_cpus
 from diffusion_data.durable_file import read_plain_file, sha256_of_file, size_of_plain_file
 from diffusion_data.energon_metadata import metadata_faults
 from diffusion_data.errors import UserError
-from diffusion_data.fingerprint import fingerprint_digest
-from diffusion_data.ledger import LedgerEntry, ledger_folder, read_entry
+from diffusion_data.ledger import LedgerEntry
 from diffusion_data.process_server import process_context, start_process_server
-from diffusion_data.shard_plan import Shard
+from diffusion_data.run_check import check_ledger, rejected_faults, stats_faults
 
 if TYPE_CHECKING:
     from diffusion_data.shard_check import ShardFindings
@@ -61,7 +58,7 @@ def verify_dataset(dataset: Path, num_workers: int | None = None) -> Verdict:
         raise UserError(f"{dataset} is no folder; give the folder of a dataset")
     verdict = Verdict()
     listed = _listed_shards(dataset, verdict)
-    entries = _entries(dataset, verdict)
+    entries = check_ledger(dataset, verdict.faults)
     if not entries and not listed:
         raise UserError(f"{dataset} holds no dataset that could be checked: {'; '.join(verdict.faults)}")
     written = {entry.file: entry for entry in entries if entry.file is not None}
@@ -91,54 +88,6 @@ def _listed_shards(dataset: Path, verdict: Verdict) -> dict[str, int]:
     times_named = Counter(file for shards in splits.values() for file in shards)
     verdict.faults += [f".nv-meta/split.yaml: {file} is in {n} splits" for file, n in times_named.items() if n > 1]
     return {file: count for shards in splits.values() for file, count in shards.items()}
-
-
-def _entries(dataset: Path, verdict: Verdict) -> list[LedgerEntry]:
-    """The ledger, in order of the rows; what is wrong with it in itself is told."""
-    entries: list[LedgerEntry] = []
-    for path in sorted(ledger_folder(dataset).glob("*.json")):
-        entry = _entry_or_fault(path)
-        if isinstance(entry, LedgerEntry):
-            entries.append(entry)
-        else:
-            verdict.faults.append(entry)
-    if not entries:
-        return []
-    next_row = 0
-    for number, entry in enumerate(entries):
-        name = f"run/ledger/shard_{entry.shard:06d}.json"
-        shard = Shard(number=entry.shard, start=entry.start, stop=entry.stop)
-        if entry.start != next_row or (entry.shard != number and len(entries) > entry.shard):
-            verdict.faults.append(f"{name}: begins at row {entry.start}, expected row {next_row}")
-        if entry.file not in (shard.file_name, None):
-            verdict.faults.append(f"{name}: tells of {entry.file}, expected {shard.file_name}")
-        wrong_rows = [row["row"] for row in entry.rejected if not entry.start <= row["row"] < entry.stop]
-        if wrong_rows or len({row["row"] for row in entry.rejected}) != len(entry.rejected):
-            verdict.faults.append(f"{name}: rejected rows are not of this shard, or there twice")
-        next_row = entry.stop
-    _compare_with_fingerprint(dataset, entries, verdict)
-    return entries
-
-
-def _entry_or_fault(path: Path) -> LedgerEntry | str:
-    try:
-        return read_entry(path)
-    except (ValueError, OSError) as error:
-        return f"run/ledger/{path.name}: {str(error).removeprefix(f'{path} ')}"
-
-
-def _compare_with_fingerprint(dataset: Path, entries: Sequence[LedgerEntry], verdict: Verdict) -> None:
-    try:
-        fingerprint = json.loads(read_plain_file(dataset / "run" / "fingerprint.json"))
-        num_rows = sum(file["num_rows"] for file in fingerprint["source"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        verdict.faults.append(f"run/fingerprint.json: can't be read ({type(error).__name__}: {error})")
-        return
-    digest = fingerprint_digest(fingerprint)
-    others = [entry for entry in entries if entry.fingerprint != digest]
-    verdict.faults += [f"run/ledger/shard_{entry.shard:06d}.json: of a run with other settings" for entry in others]
-    if entries[-1].stop != num_rows:
-        verdict.faults.append(f"run/ledger: ends at row {entries[-1].stop} of the source's {num_rows}")
 
 
 def _check_shards(
@@ -207,52 +156,9 @@ def _compare_with_ledger(
     if faults is None:
         faults = ["run/metadata.json: missing, or of other shards; run the job again, which makes it"]
     verdict.faults += faults
-    verdict.faults += _rejected_faults(dataset, entries)
-    verdict.faults += _stats_faults(dataset, entries, findings)
-
-
-def _rejected_faults(dataset: Path, entries: Sequence[LedgerEntry]) -> Iterator[str]:
-    name = "run/rejected.jsonl"
-    try:
-        lines = read_plain_file(dataset / name).splitlines()
-    except OSError as error:
-        yield f"{name}: can't be read: {error}"
-        return
-    expected = [row for entry in entries for row in entry.rejected]
-    for line, row in zip_longest(lines, expected):
-        try:
-            found = None if line is None else json.loads(line)
-        except ValueError:
-            found = line
-        if found != row:
-            told = f"row {row['row']} is missing or altered" if row else "more rows than the ledger rejected"
-            yield f"{name}: {told}"
-            return
-
-
-def _stats_faults(
-    dataset: Path, entries: Sequence[LedgerEntry], findings: Mapping[str, ShardFindings]
-) -> Iterator[str]:
-    name = "run/stats.json"
-    try:
-        stats = json.loads(read_plain_file(dataset / name))
-        shapes = {"x".join(map(str, shape[:-1])): shape[-1] for shape in stats["latent_shapes"]}
-        told = {field: stats[field] for field in ("rows", "written", "samples", "rejected")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        yield f"{name}: can't be read ({type(error).__name__}: {error})"
-        return
-    expected: dict[str, Any] = {
-        "rows": sum(entry.stop - entry.start for entry in entries),
-        "written": sum(entry.written for entry in entries),
-        "samples": sum(entry.samples for entry in entries),
-        "rejected": dict(Counter(row["reason"] for entry in entries for row in entry.rejected)),
-    }
-    for field_name, value in expected.items():
-        if told[field_name] != value:
-            yield f"{name}: {field_name} is {told[field_name]}, the ledger has {value}"
-    found: Counter[str] = sum((each.latent_shapes for each in findings.values()), Counter())
-    if shapes != found:
-        yield f"{name}: latent_shapes are not those of the shards"
+    verdict.faults += rejected_faults(dataset, entries)
+    shapes: Counter[str] = sum((found.latent_shapes for found in findings.values()), Counter())
+    verdict.faults += stats_faults(dataset, entries, shapes)
 
 
 def _compare_indices(dataset: Path, findings: Mapping[str, ShardFindings], verdict: Verdict) -> None:

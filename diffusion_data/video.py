@@ -119,9 +119,13 @@ def _clips(
     taken = bytearray()  # grows in place: frames in a list would all be there twice when they are joined
     last_frame, height, width, duration = None, 0, 0, 0.0
     pixels = np.empty((0, 0, 3), np.uint8)
+    was_taken = False
     for at_seconds, shown_seconds, frame in frames_at(fps, clock.timed(frames), tolerance):
         duration = at_seconds + shown_seconds
-        if not cutter.take(at_seconds, tolerance):
+        if was_taken:  # a frame lasts until the next, whatever it declares: matroska declares the average
+            times[-1] = (times[-1][0], at_seconds)
+        was_taken = cutter.take(at_seconds, tolerance)
+        if not was_taken:
             continue
         if frame is not last_frame:
             upright = turn_upright(to_rgb(frame), display_matrix(frame))

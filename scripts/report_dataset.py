@@ -12,6 +12,8 @@ only for datasets of yours.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from diffusion_data.command_line import config_folder, options_to_dataclass
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import tokenizer_of
 from diffusion_data.errors import UserError
+from diffusion_data.job_report import report_folder
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_func_options import row_decoder
 from diffusion_data.report import write_report
@@ -74,10 +77,12 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(words)
     dataset: Path = arguments.dataset
+    if arguments.sources:
+        sys.path.insert(0, os.getcwd())  # where the job that was started here found the process function too
     try:
         page = write_report(
             dataset,
-            arguments.output or dataset / "run" / "report",
+            arguments.output or report_folder(dataset),
             partial(load_tokenizer, dataset, arguments.tokenizer),
             partial(load_sources, dataset) if arguments.sources else None,
             SheetOptions(num_samples=arguments.samples, max_frames=arguments.frames, max_seconds=arguments.seconds),

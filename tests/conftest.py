@@ -1,6 +1,9 @@
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.written_commands import PREPARE_SAMPLE, run_in
 
 pytest_plugins = ["diffusion_data.pytest_plugin"]
 
@@ -11,6 +14,16 @@ def _end_loader_workers():
     datamodules = sys.modules.get("tests.datamodules")  # imported by the tests that have any
     while datamodules is not None and datamodules.opened:
         datamodules.opened.pop().teardown()
+
+
+@pytest.fixture(scope="session")
+def sample_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled sample as two processes prepare it, with its report. To be read; whoever alters it takes a copy."""
+    folder = tmp_path_factory.mktemp("sample")
+    finished = run_in(folder, PREPARE_SAMPLE)
+    assert "56 rows = 56 written + 0 rejected" in finished.stdout
+    assert "report: sample_dataset/run/report/index.html" in finished.stdout
+    return folder / "sample_dataset"
 
 
 @pytest.fixture

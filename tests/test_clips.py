@@ -104,6 +104,7 @@ def test_clips_of_variable_frame_rate_tell_their_true_times_and_rates(tmp_path: 
     clips = loader(tmp_path, {"num_frames": 5}).load_clips("a.mkv")
     assert numbers(clips) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
     assert [start for start, _ in spans(clips)] == pytest.approx([0.0, 1.0, 1.25])
+    assert [end for _, end in spans(clips)][:2] == pytest.approx([1.0, 1.25])  # where the next frame appears
     assert [clip.fps for clip in clips] == pytest.approx([5.0, 20.0, 20.0])
 
 

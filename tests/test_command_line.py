@@ -150,6 +150,7 @@ def test_torchrun_tells_a_mistake_once_and_quotes_it_in_its_summary(tmp_path: Pa
     assert done.returncode != 0
     assert done.stderr.count("tool.py: error: unknown option data.pth") == 1
     assert "rank 1: error" not in done.stderr
+    assert "KeyboardInterrupt" not in done.stderr  # by which torchrun ends the rank that waits
     assert "traceback : unknown option data.pth: did you mean data.path?" in done.stderr
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import re
 import socket
+import struct
+import termios
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import TextIO
 
 import pytest
 import torch
@@ -16,7 +24,7 @@ from diffusion_data import distributed
 from diffusion_data.busy_shares import BusyShares, busy_shares
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, Progress, format_seconds
+from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE, Progress, format_seconds
 
 
 def ranks(count: int) -> list[Ranks]:
@@ -187,22 +195,38 @@ def test_busy_shares_are_those_of_the_time_that_each_rank_took(monkeypatch: pyte
     assert "0 rejected; busy: decoding 19%, encoders 38%, writing 2%" in log.getvalue()
 
 
-def test_a_terminal_gets_one_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+@contextmanager
+def terminal(lines: int, columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A real one: where a program writes, and what has been shown."""
+    screen, program = os.openpty()
+    fcntl.ioctl(program, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    os.set_blocking(screen, False)
+    with os.fdopen(program, "w") as stream, os.fdopen(screen, "rb") as shown:
+        yield stream, lambda: (shown.read() or b"").decode()
 
+
+def test_a_terminal_gets_one_bar() -> None:
     first, second = ranks(2)
-    shown, silent = Terminal(), Terminal()
     busy = BusyShares(second, {"decoding": 1, "encoders": 1, "writing": 1})
     time.sleep(0.01)
-    with Progress(first, total_rows=100, done_before=40, stream=shown), Progress(second, 100, 40, silent):
-        second.count(ROWS_DONE, 60)
-        second.count(ROWS_REJECTED, 7)
-        busy.add({"tokenizer": 1e9})
-    assert "100/100" in shown.getvalue()
-    assert "7 rejected; busy: decoding 0%, encoders 100%, writing 0%" in shown.getvalue()
-    assert silent.getvalue() == ""
+    with terminal(24, 120) as (stream, shown), terminal(24, 120) as (silent, silence):
+        with Progress(first, total_rows=100, done_before=40, stream=stream), Progress(second, 100, 40, silent):
+            second.count(ROWS_DONE, 60)
+            second.count(SAMPLES_DONE, 90)
+            second.count(ROWS_REJECTED, 7)
+            busy.add({"tokenizer": 1e9})
+        last = shown().split("\r")[-2]
+        assert silence() == ""
+    assert "100/100 rows [" in last
+    assert re.search(r"\d samples/s, 7 rejected; busy: decoding 0%, encoders 100%, writing 0%", last)
+
+
+def test_a_terminal_of_unknown_size_gets_lines() -> None:
+    (one,) = ranks(1)
+    with terminal(0, 0) as (stream, shown):
+        with Progress(one, total_rows=5, done_before=5, stream=stream):
+            pass
+        assert shown().startswith("5/5 rows, 0.0 samples/s, 0:00:00 left, ")
 
 
 def test_rows_that_are_decoded_but_not_written_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:

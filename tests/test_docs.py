@@ -9,16 +9,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffusion_data.command_line import run
 from diffusion_data.media import MediaLoader
 from tests.small_source import picture_bytes
-from tests.test_readme import REPOSITORY, run_in
+from tests.written_commands import PREPARE_SAMPLE, REPOSITORY, run_here
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.rst"))
@@ -35,32 +35,19 @@ def code_block(page: str, language: str) -> str:
     return "\n".join(line[4:] for line in found.splitlines())
 
 
-def run_here(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command prints; in this process, since starting one takes longer than most of them."""
-    words = shlex.split(line)
-    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", words[script:])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    capsys.readouterr()
-    import_module(f"diffusion_data.scripts.{Path(words[script]).stem}").main()
-    return capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the gallery's first command has made the sample dataset, with its report."""
+def folder(sample_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a copy of the sample dataset lies."""
     made = tmp_path_factory.mktemp("docs")
-    prepare, *_ = commands("gallery.rst")
-    finished = run_in(made, prepare)
-    assert "report: sample_dataset/run/report/index.html" in finished.stdout
+    shutil.copytree(sample_dataset, made / "sample_dataset")
     return made
 
 
 def test_the_gallerys_report_can_be_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, again, elsewhere = commands("gallery.rst")
+    prepare, again, elsewhere = commands("gallery.rst")
+    assert prepare == PREPARE_SAMPLE
     run_here(folder, again, monkeypatch, capsys)
     page = (folder / "sample_dataset/run/report/index.html").read_text()
     assert page.count("<figure>") == 24
@@ -98,11 +85,15 @@ def test_every_field_of_the_format_is_described() -> None:
 
 
 def test_the_plan_of_several_nodes_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sample_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, plan = commands("multi_node.rst")
     said = run_here(tmp_path, plan, monkeypatch, capsys)
     assert "plan: 56 rows, 56 of them looked at; nothing is written" in said
+    assert not list(tmp_path.iterdir())
+    (megabytes,) = re.findall(r"disk      ([\d.]+) MB of shards", said)
+    stats = json.loads((sample_dataset / "run/stats.json").read_text())
+    assert float(megabytes) == pytest.approx(stats["num_bytes"] / 1e6, rel=0.1)
     assert "with 32 ranks" in said
     assert "money" in said
 
@@ -120,7 +111,7 @@ def test_the_recipe_of_films_runs(
     plan, run = commands("recipes.rst")
     assert "process_func_error 1 (1 seen)" in run_here(tmp_path, plan, monkeypatch, capsys)
     assert not (tmp_path / "films_dataset").exists()
-    assert "2 rows = 1 written + 1 rejected" in run_in(tmp_path, run).stdout
+    assert "2 rows = 1 written + 1 rejected" in run_here(tmp_path, run, monkeypatch, capsys)
     shown = run_here(tmp_path, "python scripts/inspect_shard.py films_dataset/shard_000000.tar", monkeypatch, capsys)
     assert '"caption": "A Film, Rome"' in shown
     assert '"score": 0.9, "year": 1960' in shown
@@ -172,6 +163,26 @@ def test_the_slurm_script_starts_a_job_and_hands_its_words_on(tmp_path: Path) ->
     assert finished.returncode == 0, finished.stderr
     assert "dataset: 1 rows = 1 written + 0 rejected" in finished.stdout
     assert json.loads((tmp_path / "dataset/run/stats.json").read_text())["written"] == 1
+
+
+CONFIGS = {"prepare_energon_dataset.py": "prepare", "train.py": "train"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_give_options_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that nobody can wait for, or that take several machines."""
+    for words in map(shlex.split, commands(page)):
+        place, script = next((place, Path(word).name) for place, word in enumerate(words) if "scripts/" in word)
+        options = words[place + 1 :]
+        if script in CONFIGS and "--config-dir" not in options:
+            composed: list[object] = []
+            monkeypatch.setattr(sys, "argv", [script, *options])
+            run(composed.append, CONFIGS[script])
+            assert composed
+        elif script.endswith(".py"):
+            source = (REPOSITORY / "scripts" / script).read_text()
+            for option in (word for word in options if word.startswith("--") and word != "--config-dir"):
+                assert f'"{option}"' in source or f'"{option.replace("--no-", "--")}"' in source, (script, option)
 
 
 @pytest.mark.parametrize("page", PAGES)

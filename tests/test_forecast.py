@@ -51,7 +51,7 @@ def test_the_plan_is_what_the_run_does(tmp_path: Path, capsys: pytest.CaptureFix
     assert "rejected  about 2 (14.3%):" in said
     assert "truncated 1 (1 seen)" in said
     assert "null_caption 1 (1 seen)" in said
-    assert "more than max_reject_rate=0.05 allows: the run would stop" in said
+    assert "more than max_reject_rate=0.05, which stops runs of 300 rows or more" in said
     assert "16 x 1 x 6 x 8: 58.3%" in said
     assert "largest seen: 16 x 3 x 6 x 8" in said
     assert f"about {totals.captions_cut} ({totals.captions_cut / 12:.1%}) are cut to 7" in said
@@ -164,4 +164,16 @@ def test_the_slowest_part_decides_how_long_it_takes() -> None:
     said = forecast_text(forecast, shards, on_gpu, max_length=512, max_reject_rate=0.05)
     assert "10.0 hours with 2 GPUs, 13.3 rows/s, held up by the GPU" in said
     assert "money     60.00" in said
+    few = [Shard(number=0, start=0, stop=10)]
+    assert "about a second with 2 GPUs" in forecast_text(forecast, few, on_gpu, max_length=512, max_reject_rate=0.05)
     assert "rejected  none of 10, so most likely less than 30.0% of all" in said
+
+
+def test_a_run_that_its_rejects_would_stop_is_told() -> None:
+    forecast = Forecast(looked_at=10)
+    forecast.rejected["not_media"] = 1
+    machines = Machines(num_ranks=1, num_workers=1, threads=None, price_per_hour=None)
+    for rows, limit, told in ((300, 0.05, True), (299, 0.05, False), (300, 0.1, False)):
+        shards = [Shard(number=0, start=0, stop=rows)]
+        said = forecast_text(forecast, shards, machines, max_length=512, max_reject_rate=limit)
+        assert ("more than max_reject_rate=0.05 allows: the run would stop" in said) == told

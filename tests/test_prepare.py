@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 from dataclasses import asdict, fields
 from itertools import chain
@@ -278,13 +279,21 @@ def test_a_missing_column_is_named_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_func_that_cannot_be_called_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_a_process_func_that_cannot_be_called_is_an_error_that_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = small(tmp_path, 1)
     func = {"_target_": "diffusion_data.process_funcs.media_caption", "colour": "red"}
     with pytest.raises(UserError, match=r"process_func: .*unexpected keyword argument 'colour'"):
         prepare(prepare_config(source, tmp_path / "out", process_func=func))
-    with pytest.raises(UserError, match=r"process_func\._target_: can't import no\.such\.func"):
-        prepare(prepare_config(source, tmp_path / "out", process_func={"_target_": "no.such.func"}))
+    for target, said in {
+        "no.such.func": "can't import no.such.func: No module named 'no'",
+        "json.no_such": "can't import json.no_such: module 'json' has no attribute 'no_such'",
+        "math.pi": "math.pi is no function",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(f"process_func._target_: {said}")):
+            prepare(prepare_config(source, tmp_path / "out", process_func={"_target_": target}))
+    assert not caplog.records  # the error is all that is told
 
 
 def test_the_first_column_that_is_not_null_counts(tmp_path: Path) -> None:

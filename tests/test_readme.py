@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_source import picture_bytes
+from tests.written_commands import PREPARE_SAMPLE, REPOSITORY, run_here, run_in
 
-REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.rst").read_text()
 
 
@@ -33,43 +30,34 @@ def code_block(language: str, containing: str) -> str:
     return "\n".join(line[4:] for line in found.splitlines())
 
 
-def run_in(folder: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
-    words = [word.replace("/path/to/scripts/", f"{REPOSITORY}/scripts/") for word in shlex.split(line)]
-    words = [f"{REPOSITORY}/{word}" if word.startswith("scripts/") else word for word in words]
-    launcher = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [*launcher, *words[1:], *more], capture_output=True, text=True, cwd=folder, env=environment, timeout=300
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished
-
-
-@pytest.fixture(scope="module")
-def sample_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first command makes, without its installation."""
-    folder = tmp_path_factory.mktemp("readme")
-    install, prepare = command("pip install -e . &&").split(" && ")
-    assert install == "pip install -e ."
-    finished = run_in(folder, prepare)
-    assert "56 rows = 56 written + 0 rejected" in finished.stdout
-    return folder / "sample_dataset"
-
-
 def test_the_first_command_makes_a_dataset(sample_dataset: Path) -> None:
+    """Which `sample_dataset` ran, but for the installation."""
+    assert command("pip install -e . &&") == f"pip install -e . && {PREPARE_SAMPLE}"
     stats = json.loads((sample_dataset / "run/stats.json").read_text())
     assert (stats["rows"], stats["written"], stats["rejected"]) == (56, 56, {})
     assert (sample_dataset / ".nv-meta/dataset.yaml").exists()
+    assert (sample_dataset / "run/report/index.html").exists()
 
 
-@pytest.mark.parametrize("data", ["data.path=sample_dataset", "data=fake"])
-def test_the_train_commands_train(sample_dataset: Path, data: str) -> None:
-    run_in(sample_dataset.parent, command(f"python scripts/train.py {data}"), "trainer.max_steps=2")
+def test_the_train_command_trains(sample_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(sample_dataset, tmp_path / "sample_dataset")
+    run_in(tmp_path, command("python scripts/train.py data.path=sample_dataset"), "trainer.max_steps=2")
 
 
-def test_the_preview_command_writes_a_picture(sample_dataset: Path) -> None:
-    run_in(sample_dataset.parent, command("python scripts/preview_dataset.py"))
-    assert (sample_dataset.parent / "preview.png").stat().st_size > 10_000
+def test_the_command_for_random_data_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_torch_thread: None
+) -> None:
+    line = command("python scripts/train.py data=fake")
+    run_here(tmp_path, line, monkeypatch, capsys, "trainer.max_steps=2", "trainer.accelerator=cpu")
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_preview_command_writes_a_picture(
+    sample_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sample_dataset").symlink_to(sample_dataset)
+    run_here(tmp_path, command("python scripts/preview_dataset.py"), monkeypatch, capsys)
+    assert (tmp_path / "preview.png").stat().st_size > 10_000
 
 
 def test_the_datamodule_lines_give_the_batch_they_describe(

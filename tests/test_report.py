@@ -8,8 +8,10 @@ import io
 import json
 import math
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from PIL import Image
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import decode_sample, psnr_db
+from diffusion_data.media import MediaLoader
 from diffusion_data.prepare_energon_dataset import prepare
+from diffusion_data.process_funcs import MediaSample, media_caption
 from diffusion_data.scripts.report_dataset import main
 from diffusion_data.shard_reader import read_shard
 from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
@@ -168,15 +172,23 @@ def test_psnr_of_known_pictures() -> None:
     assert psnr_db(black, black + 255) == 0
 
 
+def blocks_the_report(row: dict[str, Any], *, media: MediaLoader, dataset: str) -> MediaSample:
+    """Puts a file where the report's folder should be, when the report has begun."""
+    if (Path(dataset) / "run/stats.json").exists():
+        (Path(dataset) / "run/report").touch()
+    return media_caption(row, media=media)
+
+
 def test_the_job_is_not_failed_by_its_report(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "dataset/run").mkdir(parents=True)
-    (tmp_path / "dataset/run/report").write_text("a file where the folder should be")
-    totals = prepare(prepare_config(prepared.parent / "source.parquet", tmp_path / "dataset", report=True))
+    dataset = tmp_path / "dataset"
+    process_func = {"_target_": f"{__name__}.blocks_the_report", "dataset": str(dataset)}
+    config = prepare_config(prepared.parent / "source.parquet", dataset, report=True, process_func=process_func)
+    totals = prepare(config)
     assert totals is not None
     assert totals.written == 11
-    assert (tmp_path / "dataset/.nv-meta/dataset.yaml").exists()
+    assert (dataset / ".nv-meta/dataset.yaml").exists()
     assert "  no report, but the dataset is complete (UserError: can't write the report" in capsys.readouterr().out
 
 
@@ -185,6 +197,57 @@ def test_a_run_that_changes_nothing_leaves_the_report_alone(prepared: Path) -> N
     before = page.stat().st_mtime_ns
     prepare(prepare_config(prepared.parent / "source.parquet", prepared, report=True))
     assert page.stat().st_mtime_ns == before
+
+
+def interrupts_the_report(row: dict[str, Any], *, media: MediaLoader, dataset: str) -> MediaSample:
+    """Ctrl-C, once: when the report decodes its first source row, all being finished."""
+    once = Path(dataset).parent / "interrupted"
+    if (Path(dataset) / "run/stats.json").exists() and not once.exists():
+        once.touch()
+        (Path(dataset) / "run/report").mkdir()
+        (Path(dataset) / "run/report/.index.html.01234567.partial").touch()  # as kill -9 would have left it
+        raise KeyboardInterrupt
+    return media_caption(row, media=media)
+
+
+def test_a_report_that_was_interrupted_is_written_by_the_same_command_and_nothing_else_is(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = tmp_path / "dataset"
+    process_func = {"_target_": f"{__name__}.interrupts_the_report", "dataset": str(dataset)}
+    config = prepare_config(prepared.parent / "source.parquet", dataset, report=True, process_func=process_func)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    made = {path: path.stat().st_mtime_ns for path in [*dataset.glob("shard_*"), *dataset.glob("run/ledger/*")]}
+    assert len(made) == 9
+    assert not (dataset / "run/report/index.html").exists()
+    capsys.readouterr()
+    prepare(config)
+    assert "  0 rows in " in (said := capsys.readouterr().out)
+    assert f"  report: {dataset}/run/report/index.html" in said
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    page = (dataset / "run/report/index.html").read_text()
+    assert page.count("<figure>") == 11
+    assert page.count("PSNR <b>") == 11
+    assert {path.suffix for path in (dataset / "run/report").iterdir()} == {".html", ".png"}
+
+
+def test_a_link_planted_where_the_report_goes_is_not_followed(prepared: Path, tmp_path: Path) -> None:
+    dataset, elsewhere = shutil.copytree(prepared, tmp_path / "dataset"), tmp_path / "elsewhere"
+    shutil.rmtree(dataset / "run/report")
+    elsewhere.mkdir()
+    (dataset / "run/report").symlink_to(elsewhere)
+    prepare(prepare_config(prepared.parent / "source.parquet", dataset, report=True))
+    assert not list(elsewhere.iterdir())
+    assert (dataset / "run/report/index.html").exists()
+
+
+def test_no_report_of_what_was_there_before_outlives_a_change(prepared: Path, tmp_path: Path) -> None:
+    dataset = shutil.copytree(prepared, tmp_path / "dataset")
+    (dataset / "shard_000001.tar").unlink()
+    prepare(prepare_config(prepared.parent / "source.parquet", dataset, report=False))
+    assert (dataset / ".nv-meta/dataset.yaml").exists()
+    assert not (dataset / "run/report").exists()
 
 
 def test_the_script_shows_no_source_unless_it_is_told_to(prepared: Path, tmp_path: Path) -> None:
@@ -201,6 +264,20 @@ def test_the_script_shows_no_source_unless_it_is_told_to(prepared: Path, tmp_pat
     assert CALLS
 
 
+def test_the_script_finds_a_process_function_where_it_is_started(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    config = yaml.safe_load((copy / "run/config.yaml").read_text())
+    (tmp_path / "beside_the_dataset.py").write_text("from diffusion_data.process_funcs import media_caption as pet\n")
+    config["process_func"] = {"_target_": "beside_the_dataset.pet"}
+    (copy / "run/config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    main(["copy", "--samples", "2", "--sources"])
+    assert (copy / "run/report/index.html").read_text().count("PSNR <b>") == 2
+
+
 CALLS: list[object] = []
 
 
@@ -210,7 +287,9 @@ def must_not_run(row: dict[str, object], *, media: object) -> None:
 
 def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4), caption_extra=HOSTILE) for row in range(6)]
-    samples.append(tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25))
+    samples.append(
+        tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25, mirrored=True)
+    )
     dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
     main([str(dataset)])
     page = (dataset / "run/report/index.html").read_text()
@@ -224,6 +303,7 @@ def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.C
     page = (dataset / "run/report/index.html").read_text()
     assert [str(image["alt"]) for image in Page(page).images()[:2]] == ["decoded: caption 0", "decoded: caption 1"]
     assert "1.50 to 2.25 s of its source" in page
+    assert page.count("mirrored copy") == 1
     assert "PSNR <b>" not in page
 
 

@@ -15,7 +15,8 @@ from diffusion_data.media_config import ClipsConfig, MediaConfig
 from diffusion_data.process_funcs import media_caption
 from tests.media_files import write_video
 from tests.small_source import write_source
-from tests.test_docs import commands, run_here
+from tests.test_docs import commands
+from tests.written_commands import run_here
 
 TEXT = (Path(__file__).parent.parent / "docs/video.rst").read_text()
 
