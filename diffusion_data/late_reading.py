@@ -4,9 +4,9 @@ energon reads each sample when its turn comes in the order of the slices, and sh
 megabytes that have left the processor's caches when they are wanted, and that are read again for each resume. Here the
 order goes through the shuffle buffer as sample numbers. What is read last is used first.
 
-`read_ahead` samples are read by as many threads while the ones before them are used, but for those that the system
-still holds in memory: handing one over to a thread takes longer than copying it. None of that changes their order or
-what is saved of it.
+`read_ahead` samples are read by as many threads while the ones before them are used. While the system holds the samples
+in memory they are read when they are due: handing one over to a thread takes longer than copying it. The first that it
+doesn't hold brings the threads in, for a while. None of that changes the order of the samples or what is saved of it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from megatron.energon.wrappers.buffer import SavableSampleBuffer
 from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
 from diffusion_data.sample_reader import LocalTarReader, Place, local_reader
+
+_SAMPLES_FOR_THREADS = 1000  # before memory is tried again, which costs a wait for the disk if it is in vain
 
 
 def read_late(dataset: SavableDataset[Any]) -> None:
@@ -110,13 +112,14 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
     def _read_by(self, threads: ReadThreads) -> Iterator[RawSampleData]:
         """In the order of `_coming`, which holds those that are due next."""
         due = deque[_Due]()
+        for_threads = 0  # so many samples more are left to them
 
         def begin(sample: RawSampleData) -> None:
-            place = self.reader.place_of(_number(sample))
-            block = None if place is None else place.read_from_memory()
-            if place is not None and block is None:
-                threads.begin(place.read)
-            due.append(_Due(place, block, in_thread=place is not None and block is None))
+            nonlocal for_threads
+            due.append(_Due(self.reader.place_of(_number(sample))))
+            if for_threads:
+                for_threads -= 1
+                due[-1].leave_to(threads)
 
         for sample in self._coming:  # none but after a resume
             begin(sample)
@@ -130,9 +133,14 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
                     begin(following)
             if not due:
                 break
-            next_due = due.popleft()
-            block = threads.next() if next_due.in_thread else next_due.block
-            yield self._complete(self._coming.pop(0), next_due.place, block)
+            block = None if due[0].is_left_to_threads else due[0].read_from_memory()
+            if block is None:
+                if not due[0].is_left_to_threads:
+                    for_threads = _SAMPLES_FOR_THREADS
+                    for each in due:
+                        each.leave_to(threads)
+                block = threads.next()
+            yield self._complete(self._coming.pop(0), due.popleft().place, block)
         self._emptying = False
 
     def _read(self, sample: RawSampleData) -> RawSampleData:
@@ -157,13 +165,19 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
         return self.dataset.config()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Due:
-    """A sample that comes next but for those before it; place: None if there is none; block: what was read of it."""
+    """A sample that comes next, but for those before it; place: None if there is none."""
 
     place: Place | None
-    block: memoryview | None
-    in_thread: bool
+    is_left_to_threads: bool = False
+
+    def leave_to(self, threads: ReadThreads) -> None:
+        threads.begin(_nothing if self.place is None else self.place.read)
+        self.is_left_to_threads = True
+
+    def read_from_memory(self) -> memoryview | None:
+        return None if self.place is None else self.place.read_from_memory()
 
 
 class _Unread:
@@ -216,6 +230,10 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return function(), None
     except Exception as error:  # noqa: BLE001 - raised again where the result is taken
         return None, error
+
+
+def _nothing() -> None:
+    """Read where there is no sample."""
 
 
 def _number(sample: RawSampleData) -> int:

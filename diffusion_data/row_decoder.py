@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import numpy as np
@@ -154,9 +154,8 @@ def resolve_process_func(name: str) -> Callable[..., MediaSample | list[MediaSam
     Raises:
         UserError: no such module or function.
     """
-    module, _, function = name.rpartition(".")
     try:
-        found = getattr(import_module(module), function)
+        found = resolve_name(name)
     except Exception as error:  # whatever importing the user's module raised
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"process_func._target_: can't import {name}: {cause}") from error

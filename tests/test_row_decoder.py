@@ -14,7 +14,7 @@ from diffusion_data.errors import Reason, RowRejected, UserError
 from diffusion_data.media import Frames, MediaConfig
 from diffusion_data.parquet_reader import BadCell
 from diffusion_data.process_funcs import MediaSample
-from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder
+from diffusion_data.row_decoder import DecodedRow, RejectedRow, RowDecoder, resolve_process_func
 from diffusion_data.sources import Row
 
 
@@ -139,3 +139,7 @@ def test_sizes_that_the_tokenizer_makes_the_same_are_refused() -> None:
             temporal_compression=4,
             size_multiple=16,
         )
+
+
+def test_a_method_of_a_class_may_be_the_process_function():
+    assert resolve_process_func("diffusion_data.decoded_row.RejectedRow.to_json") is RejectedRow.to_json
