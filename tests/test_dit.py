@@ -16,7 +16,7 @@ from diffusion_data.scripts.diffusion_lightning_module import (
 )
 from diffusion_data.scripts.dit import DiT
 from diffusion_data.scripts.ema import EmaOptions
-from diffusion_data.scripts.rectified_flow import rectified_flow_loss
+from diffusion_data.scripts.rectified_flow import rectified_flow_loss, weight
 from diffusion_data.scripts.sample_layout import SampleARow, without_padding
 
 PATCH_CHANNELS, TEXT_DIM = 12, 10
@@ -90,7 +90,7 @@ def lightning_module(model: DiT) -> DiffusionLightningModule:
     )
 
 
-def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:
+def test_prediction_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:
     model, batch = tiny_dit(trained=False), make_batch()
     seen: dict[str, torch.Tensor] = {}
     model.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
@@ -98,7 +98,10 @@ def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -
 
     assert seen["output"].shape == (2, 6, PATCH_CHANNELS)
     assert torch.equal(seen["output"], torch.zeros(2, 6, PATCH_CHANNELS))
-    assert loss == pytest.approx(1, abs=0.15)  # as good as the best linear guess
+    squares = [batch["video"][sample, :length].float().square().sum() for sample, length in enumerate(LENGTHS)]
+    weights = weight(torch.tensor([0.3, 0.8]), sigma_data=0.5)
+    expected = sum(square * each for square, each in zip(squares, weights, strict=True))
+    assert loss == pytest.approx(expected.item() / PATCH_CHANNELS / sum(LENGTHS))  # as good as knowing nothing
 
 
 def test_blocks_are_the_identity_at_initialisation() -> None:
