@@ -14,7 +14,7 @@ from diffusion_data.scripts.diffusion_lightning_module import (
     OptimizerOptions,
     learning_rate_share,
 )
-from diffusion_data.scripts.dit import DiT
+from diffusion_data.scripts.dit import DiT, rotary_angles, rotate
 from diffusion_data.scripts.ema import EmaOptions
 from diffusion_data.scripts.rectified_flow import rectified_flow_loss, weight
 from diffusion_data.scripts.sample_layout import SampleARow, without_padding
@@ -109,7 +109,25 @@ def test_blocks_are_the_identity_at_initialisation() -> None:
     hidden = torch.randn(2, 6, 24)
     no_padding = SampleARow(None, None)
 
-    assert torch.equal(block(hidden, torch.randn(2, 24), torch.randn(2, 6, 24), no_padding), hidden)
+    angles = torch.randn(2, 1, 6, 6)
+    assert torch.equal(block(hidden, torch.randn(2, 24), torch.randn(2, 6, 24), angles, no_padding), hidden)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_attention_sees_how_far_apart_positions_are_not_where(axis: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 32, generator=random)
+
+    def similarity(query_at: int, key_at: int) -> float:
+        positions = torch.tensor([[[5, 6, 7], [5, 6, 7]]])
+        positions[0, :, axis] = torch.tensor([query_at, key_at])
+        angles = rotary_angles(positions, head_size=32)
+        return (rotate(query, angles[:, :, :1]) * rotate(key, angles[:, :, 1:])).sum().item()
+
+    assert similarity(4, 1) == pytest.approx(similarity(23, 20), abs=1e-4)
+    apart = [similarity(20 + distance, 20) for distance in range(10)]
+    assert max(apart) - min(apart) > 0.5
+    assert similarity(9, 9) == pytest.approx((query * key).sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("seq_length", "text_length"), [(9, 4), (6, 7), (16, 32)])
