@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 
+from diffusion_data.command_line import build_target, config_folder
 from diffusion_data.errors import UserError
 from diffusion_data.scripts.diffusion_lightning_module import (
     DiffusionLightningModule,
@@ -216,6 +218,21 @@ def test_learning_rate_warms_up_and_then_follows_the_schedule(schedule: str, sha
     options = optimizer_options(schedule=schedule, warmup_steps=4, decay_steps=24, final_learning_rate=1e-3)
 
     assert [learning_rate_share(options, step) for step in (0, 4, 14, 24, 100)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "depth", "width"),
+    [("tiny", 4, 4, 192), ("s", 41, 12, 384), ("b", 161, 12, 768), ("l", 562, 24, 1024), ("xl", 828, 28, 1152)],
+)
+def test_the_configs_are_the_sizes_that_the_documentation_names(
+    name: str, millions: int, depth: int, width: int
+) -> None:
+    options = yaml.safe_load((config_folder() / "model" / f"dit_{name}.yaml").read_text())["model"]
+    with torch.device("meta"):
+        model = build_target(options, "model")
+
+    assert (len(model.blocks), model.hidden_size) == (depth, width)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 
 def test_wrong_widths_name_the_option() -> None:
