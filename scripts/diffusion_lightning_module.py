@@ -120,7 +120,7 @@ class DiffusionLightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["micro_batches_done"] = self.micro_batches_done
         checkpoint["provenance"] = self.provenance
-        numbered = self.named_parameters() if self.device_mesh else chain(*self._parameter_groups())
+        numbered = chain(*self._parameter_groups()) if self.device_mesh is None else self.named_parameters()
         names = [name for name, _ in numbered]
         states = checkpoint.get("optimizer_states", ())  # empty on all ranks but the first, where they are shared out
         checkpoint["optimizer_states"] = [state and with_keys(state, names) for state in states]
