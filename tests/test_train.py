@@ -98,7 +98,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_step_has_its_row(whole_run: Path) -> None:
     assert [row["step"] for row in rows(whole_run)] == ["1", "2", "3", "4"]
-    assert all(0.5 < loss < 3 for loss in losses(whole_run))
+    # Of a network that knows next to nothing yet: the latents' variance, 1, times a weight from 1 to 5.
+    assert all(0.9 < loss < 5.5 for loss in losses(whole_run))
     assert [float(row["learning_rate"]) for row in rows(whole_run)] == pytest.approx(
         [0.003 * share for share in (0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2)]  # 2 steps of warm-up, 4 of cosine
     )
