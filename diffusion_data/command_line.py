@@ -38,16 +38,18 @@ def run(
     config_name: str,
     hints: Mapping[str, str] | None = None,
     interrupted: str = "interrupted",
+    open_options: Sequence[str] = (),
 ) -> None:
     """Composes configs/<config_name>.yaml with the command line's options and calls `job` with the result.
 
     hints: option -> what to give for it, told when a required option is missing.
     interrupted: told after Ctrl-C, or SIGTERM, which a scheduler sends.
+    open_options: mappings whose keys are the user's own: OPTION.KEY=VALUE needs no + before it, as Hydra asks for.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as after Ctrl-C
     debug = any(os.environ.get(name) == "1" for name in ("DIFFUSION_DATA_DEBUG", "HYDRA_FULL_ERROR"))
     try:
-        for config in _compose(config_name):
+        for config in _compose(config_name, open_options):
             _require_options(config, hints or {})
             job(config)
     except UserError as error:
@@ -137,7 +139,7 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], group:
             raise UserError(f"missing option {_join(group, name)}: add {_join(group, name)}=VALUE")
 
 
-def _compose(config_name: str) -> list[DictConfig]:
+def _compose(config_name: str, open_options: Sequence[str]) -> list[DictConfig]:
     """The configs that the command line asks for: one, several with --multirun, none with --help or --cfg."""
     import hydra
     from hydra.errors import HydraException
@@ -156,13 +158,16 @@ def _compose(config_name: str) -> list[DictConfig]:
     # The job runs after Hydra has returned: no Hydra frames in its tracebacks, no line of Hydra's before its errors.
     keep.__module__ = config_name  # the name in --help
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
-    before = os.environ.get("HYDRA_FULL_ERROR")
+    before, words = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
+    opened = tuple(f"{option}." for option in open_options)
+    sys.argv = [f"++{word}" if word.startswith(opened) else word for word in words]
     try:
         decorate(keep)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
     finally:
+        sys.argv = words
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample
+from diffusion_data.made_with import made_with
 
 
 def decode_sample(sample: LatentSample, tokenizer: CosmosTokenizer, max_frames: int | None = None) -> np.ndarray:
@@ -32,8 +32,8 @@ def tokenizer_of(dataset: Path) -> str:
         UserError: the dataset doesn't tell.
     """
     try:
-        return str(yaml.safe_load((dataset / "run" / "config.yaml").read_bytes())["tokenizer"]["name"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        return str(made_with(dataset)["tokenizer"]["name"])
+    except (KeyError, TypeError) as error:
         raise UserError(f"{dataset} doesn't tell what made it (no run/config.yaml): give --tokenizer") from error
 
 

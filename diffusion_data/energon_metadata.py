@@ -74,6 +74,8 @@ def write_energon_metadata(
         _index(workshop, file_names)
         if written is not None:
             _compare_counts(workshop / META_FOLDER, written)
+        # Energon 5.2, which NeMo 2.7 asks for, looks for this name. JSON is YAML.
+        shutil.copyfile(workshop / META_FOLDER / ".info.json", workshop / META_FOLDER / ".info.yaml")
         _write_yaml(workshop / META_FOLDER / "split.yaml", {"exclude": [], "split_parts": splits})
         _write_yaml(workshop / META_FOLDER / "dataset.yaml", DATASET_YAML)
         _move_into_place(workshop, dataset, file_names)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from megatron.energon import SkipSample
 from torch.utils.data import Dataset
 
 from diffusion_data.diffusion_sample import DiffusionSample
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder, cook
+from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import (
     LATENT_PART,
     METADATA_PART,
@@ -107,7 +109,14 @@ class FakeLatents(Dataset[Any]):
             TEXT_PART: sample.text_embedding,
             METADATA_PART: sample.metadata,
         }
-        encoded = self._task_encoder.encode_sample(cook(crude))
+        try:
+            encoded = self._task_encoder.encode_sample(cook(crude))
+        except SkipSample as skipped:
+            skips = self._task_encoder.skips
+            raise UserError(
+                f"filters and limits of the task encoder leave out fake samples ({skips}), which the fake datamodule "
+                "can't replace: set none of these"
+            ) from skipped
         if place.epoch is not None and self._task_encoder.text_dropout > 0:
             encoded = self._task_encoder.drop_text(encoded, uniform(self._seed, place.epoch, place.sample))
         return place.row, encoded

@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from diffusion_data.scripts.ema import Ema, EmaOptions
+from diffusion_data.scripts.optimizer_state import with_keys
 from diffusion_data.scripts.rectified_flow import rectified_flow_loss
 from diffusion_data.scripts.sample_layout import Batch, without_padding
 
@@ -106,9 +108,7 @@ class DiffusionLightningModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         options = self.optimizer_options
-        # Biases, norms and single vectors are not decayed.
-        decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
+        decayed, others = ([parameter for _, parameter in group] for group in self._parameter_groups())
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=options.learning_rate,
@@ -120,9 +120,22 @@ class DiffusionLightningModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["micro_batches_done"] = self.micro_batches_done
         checkpoint["provenance"] = self.provenance
+        numbered = chain(*self._parameter_groups()) if self.device_mesh is None else self.named_parameters()
+        names = [name for name, _ in numbered]
+        states = checkpoint.get("optimizer_states", ())  # empty on all ranks but the first, where they are shared out
+        checkpoint["optimizer_states"] = [state and with_keys(state, names) for state in states]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.micro_batches_done = checkpoint["micro_batches_done"]
+        if self.device_mesh is None:  # else the strategy has loaded the optimizer's state, by name
+            numbers = {name: number for number, (name, _) in enumerate(chain(*self._parameter_groups()))}
+            states = checkpoint.get("optimizer_states", ())
+            checkpoint["optimizer_states"] = [with_keys(state, numbers) for state in states]
+
+    def _parameter_groups(self) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+        """(name, parameter) of those that decay, and of biases, norms and single vectors, which don't."""
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [each for each in trained if each[1].ndim > 1], [each for each in trained if each[1].ndim <= 1]
 
     def _loss(self, model: nn.Module, batch: Batch, random: torch.Generator) -> Tensor:
         noise = torch.randn(batch["video"].shape, device=self.device, generator=random)

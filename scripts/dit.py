@@ -8,6 +8,7 @@
             ▼
         prediction (B, S, P), see rectified_flow.py
 
+Self-attention also rotates queries and keys by position (axial RoPE), so that it need not learn what lies beside what.
 Each sample has a noise level, shape and text of its own, whether it has a row to itself or shares one with others
 (see sample_layout.py). Positions see only those of their own sample, and padding changes nothing at the real ones.
 """
@@ -25,6 +26,7 @@ from diffusion_data.errors import UserError
 from diffusion_data.scripts.sample_layout import SampleARow, SamplesInOneRow
 
 _FREQUENCIES = 256  # sin-cos features of a scalar before its MLP
+_ROTARY_BASE = 100.0  # of axial RoPE on grids of some tens of patches: Heo et al. 2024, arXiv:2403.13298
 
 
 class DiT(nn.Module):
@@ -43,10 +45,11 @@ class DiT(nn.Module):
         patch_channels: int = 64,
         text_embedding_dim: int = 1024,
     ) -> None:
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size must be a multiple of num_heads, got {hidden_size=} {num_heads=}")
+        if hidden_size % (2 * num_heads):
+            raise ValueError(f"hidden_size must be a multiple of 2 * num_heads, got {hidden_size=} {num_heads=}")
         super().__init__()
         self.hidden_size, self.patch_channels = hidden_size, patch_channels
+        self.head_size = hidden_size // num_heads
         self.text_embedding_dim = text_embedding_dim
         self.patch_embedding = nn.Linear(patch_channels, hidden_size)
         self.text_embedding = nn.Sequential(
@@ -88,8 +91,9 @@ class DiT(nn.Module):
         embedded_text = layout.put_first(self.null_text.to(embedded_text.dtype), embedded_text)
         condition = F.silu(condition + self.text_pooling(layout.pool(embedded_text)))
 
+        angles = rotary_angles(position_ids, self.head_size)
         for block in self.blocks:
-            hidden = block(hidden, condition, embedded_text, layout)
+            hidden = block(hidden, condition, embedded_text, angles, layout)
 
         shift, scale = layout.spread(self.final_modulation(condition)).chunk(2, dim=-1)
         return self.output(modulate(self.final_norm(hidden), shift, scale))
@@ -141,12 +145,17 @@ class Block(nn.Module):
         )
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, hidden: Tensor, condition: Tensor, text: Tensor, layout: SampleARow | SamplesInOneRow) -> Tensor:
-        """condition: (N, hidden_size).  text: (B, L, hidden_size), the null token before each sample's."""
+    def forward(
+        self, hidden: Tensor, condition: Tensor, text: Tensor, angles: Tensor, layout: SampleARow | SamplesInOneRow
+    ) -> Tensor:
+        """condition: (N, hidden_size).  text: (B, L, hidden_size), the null token before each sample's.
+
+        angles: from `rotary_angles`.
+        """
         modulation = layout.spread(self.modulation(condition)).chunk(6, dim=-1)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
         normed = modulate(self.norm_attention(hidden), shift_attention, scale_attention)
-        hidden = hidden + gate_attention * self.attention(normed, normed, layout.attend)
+        hidden = hidden + gate_attention * self.attention(normed, normed, layout.attend, angles)
         hidden = hidden + self.cross_attention(self.norm_cross_attention(hidden), text, layout.attend_to_text)
         normed = modulate(self.norm_mlp(hidden), shift_mlp, scale_mlp)
         return hidden + gate_mlp * self.mlp(normed)
@@ -164,13 +173,23 @@ class Attention(nn.Module):
         self.norm_key = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
         self.output = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, queries: Tensor, context: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """attend: mixes values by queries and keys, (B, heads, S or L, features) each."""
+    def forward(
+        self,
+        queries: Tensor,
+        context: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """attend: mixes values by queries and keys, (B, heads, S or L, features) each.
+
+        angles: by which the features of queries and keys are rotated, of self-attention
+        """
         query = self._split_heads(self.query(queries))
         key, value = (self._split_heads(part) for part in self.key_value(context).chunk(2, dim=-1))
-        query = self.norm_query(query.float()).to(value.dtype)
-        key = self.norm_key(key.float()).to(value.dtype)
-        mixed = attend(query, key, value)
+        query, key = self.norm_query(query.float()), self.norm_key(key.float())
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = attend(query.to(value.dtype), key.to(value.dtype), value)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, features: Tensor) -> Tensor:
@@ -197,6 +216,24 @@ def sin_cos(values: Tensor, num_features: int, longest_period: float) -> Tensor:
     exponents = torch.arange(half, device=values.device, dtype=torch.float32) / half
     angles = values.float()[..., None] * torch.exp(-math.log(longest_period) * exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def rotary_angles(position_ids: Tensor, head_size: int) -> Tensor:
+    """int64 (B, S, 3) -> float32 (B, 1, S, head_size / 2): of its features h and w have 3/8 each, t has the rest."""
+    pairs = head_size // 2
+    spatial = pairs * 3 // 8
+    angles = []
+    for axis, number in enumerate((pairs - 2 * spatial, spatial, spatial)):
+        exponents = torch.arange(number, device=position_ids.device, dtype=torch.float32) / max(1, number)
+        angles.append(position_ids[..., axis, None].float() * _ROTARY_BASE**-exponents)
+    return torch.cat(angles, dim=-1)[:, None]
+
+
+def rotate(features: Tensor, angles: Tensor) -> Tensor:
+    """Each of the first half of the features (B, heads, S, F) turns with one of the second half by (B, 1, S, F / 2)."""
+    first, second = features.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

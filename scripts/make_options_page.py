@@ -171,7 +171,8 @@ def page() -> str:
     for file in sorted((CONFIGS / "data").glob("*.yaml")):
         parts += [section(f"data={file.stem}", "~"), _rst(_head(file))]
         parts += _tables(options_of(file, None, prefix="data."), headings=False)
-    parts += [section("model=", "~"), models()]
+    parts += [section("model=", "~"), presets("model", "size")]
+    parts += [section("experiment=", "~"), presets("experiment", "what it is for")]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -184,19 +185,21 @@ def _tables(groups: list[tuple[str, list[Option]]], headings: bool = True) -> It
         yield table(options)
 
 
-def models() -> str:
-    """One table for all model configs: the numbers tell them apart."""
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - model", "     - size", "     - options"]
-    for file in sorted((CONFIGS / "model").glob("*.yaml")):
-        values = yaml.safe_load(file.read_text())
-        told = [
-            f"``{group}.{name}={value}``"
-            for group, options in values.items()
-            for name, value in options.items()
-            if name != "_target_"
-        ]
+def presets(group: str, column: str) -> str:
+    """One table for all configs of a group that differ in little else than numbers. column: what their heads tell."""
+    lines = [".. list-table::", "   :header-rows: 1", "", f"   * - {group}", f"     - {column}", "     - options"]
+    for file in sorted((CONFIGS / group).glob("*.yaml")):
+        told = [f"``{name}={value}``" for name, value in _flat(yaml.safe_load(file.read_text()))]
         lines += [f"   * - ``{file.stem}``", f"     - {_rst(_head(file))}", f"     - {', '.join(told)}"]
     return "\n".join(lines)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif name != "_target_":
+            yield f"{prefix}{name}", value
 
 
 def _head(file: Path) -> str:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningDataModule
-from megatron.energon.epathlib import EPath
 
 from diffusion_data.dataset_folder import DatasetFolder, read_stats
-
-
-def read_config(dataset: EPath | str | os.PathLike[str]) -> dict[str, Any] | None:
-    """run/config.yaml of a prepared dataset, with `tokenizer` and `text_encoder`; None if its writer left none."""
-    root = dataset if isinstance(dataset, EPath) else EPath(os.fspath(dataset))
-    file = root / "run" / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else None
+from diffusion_data.made_with import made_with
 
 
 def provenance_of(model: Mapping[str, Any], datamodule: LightningDataModule, sigma_data: float) -> dict[str, Any]:
@@ -30,7 +21,7 @@ def provenance_of(model: Mapping[str, Any], datamodule: LightningDataModule, sig
     """
     encoder: Any = datamodule.task_encoder  # type: ignore[attr-defined]
     folders: Sequence[DatasetFolder] = datamodule.source.folders if hasattr(datamodule, "source") else ()
-    configs = [read_config(folder.path) or {} for folder in folders]
+    configs = [made_with(folder.path) for folder in folders]
     scaling = encoder.scaling
     return {
         "model": dict(model),

@@ -2,8 +2,10 @@
 
     batch, noise, t  ─▶ rectified_flow_loss        noise, text ─▶ draw (Euler steps from t = 1 to 0) ─▶ x
 
-The network gives what the best linear guess of the velocity from x_t leaves open, in units of its deviation. So it
-need not carry the noise through to its output, and starts, with an output of zero, from that guess.
+The network sees x_t at a deviation of 1 (EDM's c_in, Karras et al. 2022, arXiv:2206.00364) and predicts x, of which
+the velocity follows. Patches of a latent are far from white: most of their 64 directions hold next to nothing of x, but
+all of them hold noise. A network that predicts x says nothing there; one that predicts noise or velocity has to undo
+the noise in each, and a small one leaves it in the picture (Li and He 2025, arXiv:2511.13720).
 """
 
 from __future__ import annotations
@@ -13,21 +15,25 @@ from torch import Tensor, nn
 
 from diffusion_data.scripts.sample_layout import Batch, SampleARow, SamplesInOneRow, layout_of
 
+_LARGEST_WEIGHT = 5.0
+"""Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556): low noise must not outweigh all else."""
+
 
 def rectified_flow_loss(model: nn.Module, batch: Batch, noise: Tensor, timesteps: Tensor, sigma_data: float) -> Tensor:
-    """Mean squared error over the real positions of all samples: the same for samples in one row as in several.
+    """Mean over the real positions of all samples: the same for samples in one row as in several.
 
-    It is in units of the best linear guess's, at each noise level: 1 is what that guess is worth.
+    It is the squared error of the predicted latent, in units of the latents' variance, times `weight`.
 
     batch: from `without_padding`.  noise: float32, shaped as batch["video"].  timesteps: float32 (N,), one a sample.
     """
     layout = layout_of(batch)
     latents = batch["video"].float() * sigma_data
     time = layout.spread(timesteps[:, None])
-    noisy = (1 - time) * latents + time * noise
-    prediction = model(
-        noisy,
+    predicted = predict_latents(
+        model,
+        (1 - time) * latents + time * noise,
         timesteps,
+        sigma_data,
         layout=layout,
         position_ids=batch["pos_ids"],
         text=batch["t5_text_embeddings"].float(),
@@ -35,14 +41,12 @@ def rectified_flow_loss(model: nn.Module, batch: Batch, noise: Tensor, timesteps
         fps=batch["fps"],
         num_frames=batch["num_frames"],
     )
-    share, deviation = linear_guess(time, sigma_data)
-    left_open = (noise - latents - share * noisy) / deviation
-    error = (prediction.float() - left_open).square().mean(dim=-1)
+    error = ((predicted - latents) / sigma_data).square() * weight(time, sigma_data)
     mask = batch["loss_mask"].float()
-    return (error * mask).sum() / mask.sum().clamp(min=1)  # a batch without samples counts for nothing
+    return (error.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)  # a batch without samples counts for nothing
 
 
-def velocity(
+def predict_latents(
     model: nn.Module,
     noisy: Tensor,
     timesteps: Tensor,
@@ -51,15 +55,15 @@ def velocity(
     layout: SampleARow | SamplesInOneRow,
     **conditions: Tensor,
 ) -> Tensor:
-    """float32 (B, S, P) at `noisy` (B, S, P).  timesteps: (N,).  sigma_data: deviation of the scaled latents."""
-    share, deviation = linear_guess(layout.spread(timesteps[:, None]), sigma_data)
-    return share * noisy + deviation * model(noisy, timesteps, layout=layout, **conditions).float()
+    """float32 (B, S, P) of `noisy` (B, S, P).  timesteps: (N,).  sigma_data: deviation of the scaled latents."""
+    time = layout.spread(timesteps[:, None])
+    deviation = (((1 - time) * sigma_data) ** 2 + time**2).sqrt()
+    return sigma_data * model(noisy / deviation, timesteps, layout=layout, **conditions).float()
 
 
-def linear_guess(time: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """What share of x_t the best linear guess of the velocity is, and the deviation of the velocity from it."""
-    variance = ((1 - time) * sigma_data) ** 2 + time**2
-    return (time - (1 - time) * sigma_data**2) / variance, sigma_data * variance.rsqrt()
+def weight(time: Tensor, sigma_data: float) -> Tensor:
+    """Of the error at each noise level: EDM's, 1 plus the ratio of signal to noise, but at most _LARGEST_WEIGHT."""
+    return (1 + ((1 - time) * sigma_data / time) ** 2).clamp(max=_LARGEST_WEIGHT)
 
 
 @torch.no_grad()
@@ -78,7 +82,7 @@ def draw(
     """noise (B, S, P) -> scaled latents' patches (B, S, P), with classifier-free guidance.
 
     text: (B, L, D) with text_mask (B, L).  unconditional_text: (M, D), of the empty caption.
-    guidance: how far to go from the velocity without caption to that with it; 1 is with it, and half the work.
+    guidance: how far to go from what is predicted without caption to that with it; 1 is with it, and half the work.
     shape: position_ids (B, S, 3), image_size (B, 4), fps (B,) and num_frames (B,) of what is drawn.
     """
     guided = guidance != 1
@@ -91,11 +95,12 @@ def draw(
     for step in range(steps):
         inputs = torch.cat([patches, patches]) if guided else patches
         time = times[step].expand(len(inputs))
-        direction = velocity(model, inputs, time, sigma_data, layout=layout, text=text, **shape)
+        latents = predict_latents(model, inputs, time, sigma_data, layout=layout, text=text, **shape)
         if guided:
-            with_text, without = direction.chunk(2)
-            direction = without + guidance * (with_text - without)
-        patches = patches + (times[step + 1] - times[step]) * direction
+            with_text, without = latents.chunk(2)
+            latents = without + guidance * (with_text - without)
+        velocity = (patches - latents) / times[step]
+        patches = patches + (times[step + 1] - times[step]) * velocity
     return patches
 
 

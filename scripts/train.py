@@ -224,6 +224,7 @@ def main() -> None:
         train,
         "train",
         hints={"data.path": "the folder that prepare_energon_dataset.py made; data=fake needs none"},
+        open_options=["data.task_encoder.filters"],
     )
 
 

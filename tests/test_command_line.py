@@ -33,7 +33,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
     def call_tool(*arguments: str, job: Callable[[DictConfig], Any] | None = None) -> list[DictConfig]:
         given: list[DictConfig] = []
         monkeypatch.setattr(sys, "argv", ["tool.py", *arguments])
-        run(job or given.append, "train", hints={"data.path": "a dataset"})
+        run(job or given.append, "train", hints={"data.path": "a dataset"}, open_options=["data.task_encoder.filters"])
         return given
 
     return call_tool
@@ -52,6 +52,14 @@ def test_options_reach_the_job_and_no_files_appear(call: Callable, tmp_path: Pat
     assert config.data.path == "somewhere"
     assert config.data.seed == 3  # ${seed}, resolved
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_open_option_takes_keys_of_the_users_own(call: Callable) -> None:
+    bounds = [f"data.task_encoder.filters.{bound}" for bound in ("aesthetic_score.min=5", "clip_score.missing=keep")]
+    (config,) = call("data.path=somewhere", *bounds)
+
+    assert config.data.task_encoder.filters == {"aesthetic_score": {"min": 5}, "clip_score": {"missing": "keep"}}
+    assert sys.argv[2:] == bounds
 
 
 @pytest.mark.parametrize(

@@ -440,7 +440,7 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def fit(data, folder, max_steps: int, ckpt_path=None) -> Recorder:
+def fit(data, folder, max_steps: int, ckpt_path=None, **options) -> Recorder:
     model = Recorder()
     trainer = pl.Trainer(
         max_steps=max_steps,
@@ -451,6 +451,7 @@ def fit(data, folder, max_steps: int, ckpt_path=None) -> Recorder:
         val_check_interval=3,
         check_val_every_n_epoch=None,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        **options,
     )
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model
@@ -470,6 +471,9 @@ def test_trains_validates_and_resumes_exactly_under_lightning(seven_and_three, t
     for step in (4, 7) if num_workers == 0 else (5, 8):  # within an epoch and at its end
         resumed = fit(data(), tmp_path / f"resumed{step}", 12, ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
         assert resumed.trained == whole.trained[step:]
+    limited = fit(data(), tmp_path / "limited", 12, limit_val_batches=2, num_sanity_val_steps=0)
+    assert limited.trained == whole.trained
+    assert limited.validated == 4 * whole.validated[:2]
 
 
 def test_says_how_the_trainer_gets_the_global_batch_size(ten, tmp_path, caplog):

@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 
+from diffusion_data.command_line import build_target, config_folder
 from diffusion_data.errors import UserError
 from diffusion_data.scripts.diffusion_lightning_module import (
     DiffusionLightningModule,
@@ -14,9 +16,9 @@ from diffusion_data.scripts.diffusion_lightning_module import (
     OptimizerOptions,
     learning_rate_share,
 )
-from diffusion_data.scripts.dit import DiT
+from diffusion_data.scripts.dit import DiT, rotary_angles, rotate
 from diffusion_data.scripts.ema import EmaOptions
-from diffusion_data.scripts.rectified_flow import rectified_flow_loss
+from diffusion_data.scripts.rectified_flow import rectified_flow_loss, weight
 from diffusion_data.scripts.sample_layout import SampleARow, without_padding
 
 PATCH_CHANNELS, TEXT_DIM = 12, 10
@@ -90,7 +92,7 @@ def lightning_module(model: DiT) -> DiffusionLightningModule:
     )
 
 
-def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:
+def test_prediction_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -> None:
     model, batch = tiny_dit(trained=False), make_batch()
     seen: dict[str, torch.Tensor] = {}
     model.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
@@ -98,7 +100,10 @@ def test_velocity_has_the_shape_of_the_patches_and_is_zero_at_initialisation() -
 
     assert seen["output"].shape == (2, 6, PATCH_CHANNELS)
     assert torch.equal(seen["output"], torch.zeros(2, 6, PATCH_CHANNELS))
-    assert loss == pytest.approx(1, abs=0.15)  # as good as the best linear guess
+    squares = [batch["video"][sample, :length].float().square().sum() for sample, length in enumerate(LENGTHS)]
+    weights = weight(torch.tensor([0.3, 0.8]), sigma_data=0.5)
+    expected = sum(square * each for square, each in zip(squares, weights, strict=True))
+    assert loss == pytest.approx(expected.item() / PATCH_CHANNELS / sum(LENGTHS))  # as good as knowing nothing
 
 
 def test_blocks_are_the_identity_at_initialisation() -> None:
@@ -106,7 +111,25 @@ def test_blocks_are_the_identity_at_initialisation() -> None:
     hidden = torch.randn(2, 6, 24)
     no_padding = SampleARow(None, None)
 
-    assert torch.equal(block(hidden, torch.randn(2, 24), torch.randn(2, 6, 24), no_padding), hidden)
+    angles = torch.randn(2, 1, 6, 6)
+    assert torch.equal(block(hidden, torch.randn(2, 24), torch.randn(2, 6, 24), angles, no_padding), hidden)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_attention_sees_how_far_apart_positions_are_not_where(axis: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 32, generator=random)
+
+    def similarity(query_at: int, key_at: int) -> float:
+        positions = torch.tensor([[[5, 6, 7], [5, 6, 7]]])
+        positions[0, :, axis] = torch.tensor([query_at, key_at])
+        angles = rotary_angles(positions, head_size=32)
+        return (rotate(query, angles[:, :, :1]) * rotate(key, angles[:, :, 1:])).sum().item()
+
+    assert similarity(4, 1) == pytest.approx(similarity(23, 20), abs=1e-4)
+    apart = [similarity(20 + distance, 20) for distance in range(10)]
+    assert max(apart) - min(apart) > 0.5
+    assert similarity(9, 9) == pytest.approx((query * key).sum().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("seq_length", "text_length"), [(9, 4), (6, 7), (16, 32)])
@@ -195,6 +218,21 @@ def test_learning_rate_warms_up_and_then_follows_the_schedule(schedule: str, sha
     options = optimizer_options(schedule=schedule, warmup_steps=4, decay_steps=24, final_learning_rate=1e-3)
 
     assert [learning_rate_share(options, step) for step in (0, 4, 14, 24, 100)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "depth", "width"),
+    [("tiny", 4, 4, 192), ("s", 41, 12, 384), ("b", 161, 12, 768), ("l", 562, 24, 1024), ("xl", 828, 28, 1152)],
+)
+def test_the_configs_are_the_sizes_that_the_documentation_names(
+    name: str, millions: int, depth: int, width: int
+) -> None:
+    options = yaml.safe_load((config_folder() / "model" / f"dit_{name}.yaml").read_text())["model"]
+    with torch.device("meta"):
+        model = build_target(options, "model")
+
+    assert (len(model.blocks), model.hidden_size) == (depth, width)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 
 def test_wrong_widths_name_the_option() -> None:

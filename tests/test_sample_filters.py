@@ -1,5 +1,6 @@
 import pytest
 
+from diffusion_data import energon_loaders
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from diffusion_data.sample_filters import parse_filters
@@ -100,6 +101,16 @@ def test_skips_are_logged_when_an_epoch_ends_and_only_if_there_are_new_ones(scor
     with caplog.at_level("INFO"):
         data.teardown()
     assert not caplog.messages
+
+
+def test_skips_are_logged_at_intervals_within_an_epoch(scored, caplog, monkeypatch):
+    monkeypatch.setattr(energon_loaders, "_BATCHES_A_REPORT", 4)
+    encoder = BasicDiffusionTaskEncoder(filters={"clip_score": {"min": 0.3, "missing": "keep"}})
+    batches = iter(module(scored, task_encoder=encoder, virtual_epoch_length=100).train_dataloader())
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            next(batches)
+        assert any("samples skipped so far, by reason: clip_score_out_of_bounds" in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
