@@ -20,11 +20,10 @@ from diffusion_data.dataset_stats import DatasetStats
 from diffusion_data.durable_file import durable_file, write_json
 from diffusion_data.energon_metadata import META_FOLDER, metadata_faults, record_metadata, write_energon_metadata
 from diffusion_data.errors import UserError
+from diffusion_data.latent_sample import EMPTY_CAPTION_FILE
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.run_folder import refuse_foreign_shards
 from diffusion_data.shard_plan import Shard, asked_splits, assign_splits
-
-EMPTY_CAPTION = "empty_caption.pickle"
 
 _SECONDS_UNTIL_FILES_SHOW = 60.0
 
@@ -75,7 +74,7 @@ def finish_dataset(
         raise UserError(
             f"every row was rejected ({format_reasons(sums.reasons)}); {run / 'rejected.jsonl'} says why, row by row"
         )
-    with durable_file(run / EMPTY_CAPTION) as file:
+    with durable_file(output_dir / EMPTY_CAPTION_FILE) as file:
         file.write(pickle.dumps(empty_caption, protocol=5))
     splits = _write_metadata(output_dir, sums.counts, split_ratio, seed, verify_full)
     totals = Totals(
