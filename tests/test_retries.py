@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffusion_data import durable_file
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
@@ -156,6 +159,24 @@ def test_a_row_that_fails_again_while_its_shard_is_made_leaves_the_old_shard(run
     run.up(1)
     (run.network / "once_1").touch()
     tars = tar_bytes(run.out)
+    assert run.totals() == (5, {"timeout": 1, "fetch_error": 1, "null_caption": 1})
+    assert tar_bytes(run.out) == tars
+
+
+def test_a_disk_that_fails_while_a_shard_gains_a_row_leaves_the_old_one_and_its_rows(run: Run) -> None:
+    run.up(1)
+    tars, fsync = tar_bytes(run.out), os.fsync
+
+    def full(descriptor: int) -> None:
+        if "shard_000000.tar." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(durable_file.os, "fsync", full)
+        with pytest.raises(UserError, match=r"can't write shard_000000\.tar: .*No space left"):
+            run.totals()
+    run.down(0)  # it had been written
     assert run.totals() == (5, {"timeout": 1, "fetch_error": 1, "null_caption": 1})
     assert tar_bytes(run.out) == tars
 
