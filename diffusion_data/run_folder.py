@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusion_data.durable_file import durable_file, explained, make_folder, re
 from diffusion_data.energon_metadata import remove_energon_metadata
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
-from diffusion_data.ledger import Ledger, LedgerEntry, ledger_folder
+from diffusion_data.ledger import Ledger, ledger_folder
 from diffusion_data.run_lock import lock_folder
 from diffusion_data.shard_plan import Shard
 
@@ -89,19 +90,19 @@ class RunFolder:
         """
         refuse_foreign_shards(self.output_dir, shards)
         with explained(self.output_dir):
-            entries = {shard.number: ledger.read(shard) for shard in shards}
-            damaged = _damaged(ledger, entries.values()) if verify == "full" else set()
-            todo, retry = [], []
-            for shard in shards:
-                entry = entries[shard.number]
-                if entry is None or shard.number in damaged:
+            with ThreadPoolExecutor(usable_cpus()) as readers:
+                states = list(readers.map(lambda shard: _look_at(ledger, shard, verify == "full"), shards))
+            todo, retry, damaged = [], [], []
+            for shard, state in zip(shards, states, strict=True):
+                if state is None or state.is_damaged:
                     todo.append(shard)
-                elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
+                    damaged += [shard] if state is not None else []
+                elif state.num_retryable > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
                     retry.append(shard)
             if todo:
                 self.drop_metadata()
-            for number in damaged:
-                ledger.remove(shards[number])
+            for shard in damaged:
+                ledger.remove(shard)
         return todo, retry
 
     def drop_metadata(self) -> None:
@@ -121,9 +122,20 @@ def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:
         )
 
 
-def _damaged(ledger: Ledger, entries: Iterable[LedgerEntry | None]) -> set[int]:
-    """Numbers of the shards that don't have the bytes that were written, read several at a time."""
-    listed = [entry for entry in entries if entry is not None]
-    with ThreadPoolExecutor(usable_cpus()) as readers:
-        hold = readers.map(ledger.has_its_bytes, listed)
-        return {entry.shard for entry, holds in zip(listed, hold, strict=True) if not holds}
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What matters of a ledger entry, which with its rejected rows may be large.
+
+    is_damaged: the tar doesn't have the bytes that were written
+    """
+
+    num_retryable: int
+    is_damaged: bool
+
+
+def _look_at(ledger: Ledger, shard: Shard, full: bool) -> _State | None:
+    """Of a shard that is there as the ledger tells, else None. full: compare checksums."""
+    entry = ledger.read(shard)
+    if entry is None:
+        return None
+    return _State(num_retryable=len(entry.retryable), is_damaged=full and not ledger.has_its_bytes(entry))
