@@ -16,7 +16,7 @@ from diffusion_data.ledger import LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_job import Job
 from diffusion_data.process_func_options import row_decoder
-from diffusion_data.reject_limit import RejectLimit
+from diffusion_data.reject_limit import RejectLimit, Standing
 from diffusion_data.shard_writer import ShardWriter
 
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
@@ -33,7 +33,8 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
-    limit = RejectLimit(ranks, config.max_reject_rate)
+    standing = Standing.of(job.shards, job.todo, job.num_rejected)
+    limit = RejectLimit(ranks, config.max_reject_rate, standing)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry | None]] = deque()
 

@@ -21,6 +21,20 @@ from diffusion_data.run_lock import lock_folder
 from diffusion_data.shard_plan import Shard
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """What a start finds to do.
+
+    todo: shards that are not there as the ledger tells
+    retry: shards of which rejected rows are to be tried again
+    num_rejected: rows that each of all shards rejects; None if it isn't finished
+    """
+
+    todo: list[Shard]
+    retry: list[Shard]
+    num_rejected: list[int | None]
+
+
 class RunFolder:
     """`<output>` and its `run/`. Only rank 0 opens it; the others read and write shards and ledger entries."""
 
@@ -77,13 +91,14 @@ class RunFolder:
         max_reject_rate: float,
         retry_rejected: str | None,
         verify: str,
-    ) -> tuple[list[Shard], list[Shard]]:
-        """Shards that are not there as the ledger tells; and those of which rejected rows are to be tried again:
-        where an outage of the network spoilt many, or, if asked for, any.
+    ) -> Unfinished:
+        """What is still to do, if there are `shards` in all.
 
+        max_reject_rate: rows of a shard that an outage spoilt more of than this share are tried again
+        retry_rejected: "network" tries those of any shard again
         verify: "size" compares each tar's size with the ledger's, "full" its checksum too
 
-        If there are any of the first kind, the metadata of an earlier end goes.
+        If a shard is to be made, the metadata of an earlier end goes.
 
         Raises:
             UserError: there are shards of something else.
@@ -94,16 +109,19 @@ class RunFolder:
                 states = list(readers.map(lambda shard: _look_at(ledger, shard, verify == "full"), shards))
             todo, retry, damaged = [], [], []
             for shard, state in zip(shards, states, strict=True):
-                if state is None or state.is_damaged:
+                if state is None:
                     todo.append(shard)
-                    damaged += [shard] if state is not None else []
+                elif state.is_damaged:
+                    todo.append(shard)
+                    damaged.append(shard)
                 elif state.num_retryable > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
                     retry.append(shard)
             if todo:
                 self.drop_metadata()
             for shard in damaged:
                 ledger.remove(shard)
-        return todo, retry
+        num_rejected = [None if state is None or state.is_damaged else state.num_rejected for state in states]
+        return Unfinished(todo=todo, retry=retry, num_rejected=num_rejected)
 
     def drop_metadata(self) -> None:
         """What is about to change must not look finished."""
@@ -129,6 +147,7 @@ class _State:
     is_damaged: the tar doesn't have the bytes that were written
     """
 
+    num_rejected: int
     num_retryable: int
     is_damaged: bool
 
@@ -138,4 +157,8 @@ def _look_at(ledger: Ledger, shard: Shard, full: bool) -> _State | None:
     entry = ledger.read(shard)
     if entry is None:
         return None
-    return _State(num_retryable=len(entry.retryable), is_damaged=full and not ledger.has_its_bytes(entry))
+    return _State(
+        num_rejected=len(entry.rejected),
+        num_retryable=len(entry.retryable),
+        is_damaged=full and not ledger.has_its_bytes(entry),
+    )

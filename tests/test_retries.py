@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_data import durable_file
+from diffusion_data import durable_file, reject_limit
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
@@ -135,6 +135,15 @@ def test_a_shard_that_gains_a_row_is_what_it_had_been_if_the_row_had_succeeded_a
     assert (stats["written"], sum(shape[-1] for shape in stats["latent_shapes"])) == (6, 6)
     rejected = [json.loads(line)["row"] for line in (run.out / "run/rejected.jsonl").read_text().splitlines()]
     assert rejected == [6, 7]
+
+
+def test_a_shard_that_gains_a_row_is_accepted_with_those_that_it_still_lacks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a quarter of what is decoded, and were accepted once; the limit counts from a few rows on here."""
+    monkeypatch.setattr(reject_limit, "_REJECT_RATE_ROWS", 4)
+    run.up(6)
+    assert run.totals(max_reject_rate=0.2) == (6, {"timeout": 1, "null_caption": 1})
 
 
 def test_a_row_that_was_written_is_not_lost_when_the_network_fails_it_now(

@@ -52,13 +52,22 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def found(output_dir: Path, ledger: Ledger, **options: Any) -> tuple[list[int], list[int]]:
     options = {"max_reject_rate": 0.25, "retry_rejected": None, "verify": "size", **options}
-    todo, retry = RunFolder(output_dir).unfinished(SHARDS, ledger, **options)
-    return [shard.number for shard in todo], [shard.number for shard in retry]
+    unfinished = RunFolder(output_dir).unfinished(SHARDS, ledger, **options)
+    assert [place for place, rejected in enumerate(unfinished.num_rejected) if rejected is None] == [
+        shard.number for shard in unfinished.todo
+    ]
+    return [shard.number for shard in unfinished.todo], [shard.number for shard in unfinished.retry]
 
 
 def test_what_is_missing_and_what_an_outage_spoilt_is_told_apart(tmp_path: Path, ledger: Ledger) -> None:
     assert found(tmp_path, ledger) == ([3], [5])
     assert found(tmp_path, ledger, retry_rejected="network") == ([3], [5, 6])
+
+
+def test_what_the_finished_shards_reject_is_told(tmp_path: Path, ledger: Ledger) -> None:
+    options: dict[str, Any] = {"max_reject_rate": 0.25, "retry_rejected": None, "verify": "size"}
+    unfinished = RunFolder(tmp_path).unfinished(SHARDS, ledger, **options)
+    assert unfinished.num_rejected[:9] == [0, 0, 0, None, 0, 4, 1, 3, 0]
 
 
 def test_a_shard_of_other_bytes_is_struck_off(tmp_path: Path, ledger: Ledger) -> None:
