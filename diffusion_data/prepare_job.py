@@ -129,10 +129,9 @@ def _estimated_row_bytes(config: PrepareConfig, encoders: Encoders) -> int:
 
 def with_retries(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeWorkers) -> Job:
     """With the shards to do, of those to retry, that can gain rows now."""
-    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers)
+    drop_metadata = RunFolder(Path(config.output_dir)).drop_metadata
+    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers, before_any_changes=drop_metadata)
     if ranks.rank == 0:
         print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
-        if gaining:
-            RunFolder(Path(config.output_dir)).drop_metadata()
     numbers = sorted(gaining.union(shard.number for shard in job.todo))
     return replace(job, todo=[job.shards[number] for number in numbers])

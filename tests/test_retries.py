@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -257,11 +258,18 @@ def test_ranks_share_the_rows_and_learn_the_same(tmp_path: Path) -> None:
         return RejectedRow(row=row.index, source_file="", source_row=0, reason=Reason.fetch_error, message="")
 
     found: dict[int, set[int]] = {}
+    dropped: list[int] = []
+    found_when_dropped: list[int] = []
 
     def work(one: Any) -> None:
+        def drop_metadata() -> None:
+            time.sleep(0.5)  # as long as the others would need to go on
+            found_when_dropped.extend(found)
+            dropped.append(one.rank)
+
         own_source = ParquetSource(source.files)
         with DecodeWorkers(decode, 0) as workers:
-            found[one.rank] = shards_that_gain(one, shards, ledger, own_source, workers)
+            found[one.rank] = shards_that_gain(one, shards, ledger, own_source, workers, drop_metadata)
 
     everybody = ranks(3)
     threads = [Thread(target=work, args=(one,)) for one in everybody]
@@ -270,4 +278,5 @@ def test_ranks_share_the_rows_and_learn_the_same(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == {0: {2, 5}, 1: {2, 5}, 2: {2, 5}}
+    assert (dropped, found_when_dropped) == ([0], [])  # no shard changes beside metadata of what it was
     assert sorted(tried) == sorted({row for row in range(40) if row % 4 != 2} - {11, 23})
