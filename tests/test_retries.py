@@ -27,7 +27,9 @@ from diffusion_data.process_funcs import MediaSample, media_caption
 from diffusion_data.retries import shards_that_gain
 from diffusion_data.shard_plan import Shard
 from diffusion_data.sources import ParquetSource, Row
+from diffusion_data.verify_dataset import verify_dataset
 from tests.small_source import prepare_config, source_rows, write_source
+from tests.test_disk_faults import outcome
 from tests.test_distributed import ranks
 from tests.test_prepare import tar_bytes
 
@@ -197,6 +199,25 @@ def test_retries_come_along_with_what_is_missing(run: Run) -> None:
     assert run.totals() == (7, {"null_caption": 1})
     assert sorted(run.asked()) == sorted([1, *range(8)])
     assert tar_bytes(run.out) == run.undisturbed()
+
+
+def test_metadata_of_what_a_shard_was_before_it_gained_a_row_is_made_anew(run: Run) -> None:
+    """What a run leaves that is killed at the wrong moment, if anything does."""
+    stale = [run.out / ".nv-meta", run.out / "run/metadata.json", run.out / "shard_000000.tar.idx"]
+    for path in stale:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, run.folder / path.name)
+    run.up(1)
+    run.totals()
+    whole = outcome(run.out)
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (run.folder / path.name).rename(path)
+    assert outcome(run.out) != whole
+    assert "run/metadata.json: missing, or of other shards; run the job again, which makes it" in (
+        verify_dataset(run.out, num_workers=1).faults
+    )
+    run.totals(retry_rejected=None)
+    assert outcome(run.out) == whole
 
 
 def test_a_shard_of_failed_rows_alone_gets_a_tar_when_some_can_be_had(run: Run) -> None:
