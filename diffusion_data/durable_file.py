@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,11 @@ class HashingFile:
         self._file = file
         self._sha256 = hashlib.sha256()
         self.num_bytes = 0
+        self.discarded = False
+
+    def discard(self) -> None:
+        """What has been written is not wanted: it never gets its final name."""
+        self.discarded = True
 
     def write(self, data: bytes) -> int:
         self._sha256.update(data)
@@ -44,17 +49,26 @@ class HashingFile:
 
 
 @contextmanager
-def durable_file(final: Path) -> Iterator[HashingFile]:
+def durable_file(final: Path, before_rename: Callable[[], object] | None = None) -> Iterator[HashingFile]:
     """Write `final`: beside its name, flushed to disk, renamed, and the folder flushed.
 
-    Leaving by an exception removes what was written and leaves `final` as it was.
+    Leaving by an exception, or after `discard`, removes what was written and leaves `final` as it was.
+
+    before_rename: called when all is flushed and only the renaming is left, the first moment at which `final` changes
     """
     partial = partial_name(final)
     try:
         with open(partial, "xb") as file:
-            yield HashingFile(file)
-            file.flush()
-            os.fsync(file.fileno())
+            hashing = HashingFile(file)
+            yield hashing
+            if not hashing.discarded:
+                file.flush()
+                os.fsync(file.fileno())
+        if hashing.discarded:
+            partial.unlink()
+            return
+        if before_rename is not None:
+            before_rename()
         partial.replace(final)
     except BaseException:  # raised again; an interrupt must not leave half a file either
         partial.unlink(missing_ok=True)

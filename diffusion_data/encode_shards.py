@@ -16,8 +16,7 @@ from diffusion_data.ledger import LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_job import Job
 from diffusion_data.process_func_options import row_decoder
-from diffusion_data.reject_limit import RejectLimit
-from diffusion_data.run_lock import RunLock
+from diffusion_data.reject_limit import RejectLimit, Standing
 from diffusion_data.shard_writer import ShardWriter
 
 _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds memory if the disk is slow
@@ -32,10 +31,10 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
     num_decoders = max(1, num_decode_workers(config, ranks))
     busy = BusyShares(ranks, {"decoding": num_decoders, "encoders": num_encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
-    before = {shard.number: job.ledger.read(shard) for shard in job.retry}
     shards = ranks.claimed(job.todo, "shards_claimed")
     rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
-    limit = RejectLimit(ranks, config.max_reject_rate)
+    standing = Standing.of(job.shards, job.todo, job.num_rejected)
+    limit = RejectLimit(ranks, config.max_reject_rate, standing)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry | None]] = deque()
 
@@ -44,7 +43,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
                 limit.shard_written(entry)
 
         for encoded in pipeline.run(limit.watch(workers.map(rows))):
-            pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
+            pending.append(writing.submit(_write, writer, job, busy, encoded))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 finish_oldest()
         while pending:
@@ -52,12 +51,11 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
         limit.count()
 
 
-def _write(
-    writer: ShardWriter, lock: RunLock, busy: BusyShares, encoded: EncodedShard, before: LedgerEntry | None
-) -> LedgerEntry | None:
-    """The shard's entry, or None if it stays as it was `before`."""
+def _write(writer: ShardWriter, job: Job, busy: BusyShares, encoded: EncodedShard) -> LedgerEntry | None:
+    """The shard's entry, or None if it stays as it was."""
     try:
-        lock.check()
+        job.lock.check()
+        before = job.ledger.read(encoded.shard) if encoded.shard in job.retry else None
         entry = writer.write(encoded, before)
     except OSError as error:
         raise UserError(

@@ -5,7 +5,8 @@ small dataset's splits empty.
 
 It works in a folder of its own, of links to the shards, and what it made is moved to its place when it is complete
 and on disk: a dataset that has `.nv-meta` is complete, and an indexer that outlives a killed run disturbs nobody.
-`run/metadata.json` lists the files with their checksums, so that a later start can tell whether they still hold.
+`run/metadata.json` lists the files, and the shards that they tell of, with their checksums, so that a later start can
+tell whether they still hold.
 """
 
 from __future__ import annotations
@@ -94,19 +95,20 @@ def remove_energon_metadata(dataset: Path) -> None:
         index.unlink()
 
 
-def record_metadata(dataset: Path, file_names: Iterable[str]) -> None:
-    """List what `write_energon_metadata` made in `run/metadata.json`."""
-    files = [*(f"{META_FOLDER}/{name}" for name in os.listdir(dataset / META_FOLDER)), *map(_index_name, file_names)]
+def record_metadata(dataset: Path, shards: Mapping[str, str]) -> None:
+    """List what `write_energon_metadata` made in `run/metadata.json`. shards: sha256 of each, as in the ledger."""
+    made = [*(f"{META_FOLDER}/{name}" for name in os.listdir(dataset / META_FOLDER)), *map(_index_name, shards)]
     with ThreadPoolExecutor(_FLUSHERS) as readers:
-        digests = list(readers.map(lambda name: sha256_of_file(dataset / name), files))
-    sizes = [size_of_plain_file(dataset / name) for name in files]
-    entries = [{"num_bytes": size, "sha256": digest} for size, digest in zip(sizes, digests, strict=True)]
-    write_json(_record_path(dataset), dict(sorted(zip(files, entries, strict=True))))
+        digests = readers.map(lambda name: sha256_of_file(dataset / name), made)
+        sha256 = {**shards, **dict(zip(made, digests, strict=True))}
+    files = {name: {"num_bytes": size_of_plain_file(dataset / name), "sha256": sha256[name]} for name in sorted(sha256)}
+    write_json(_record_path(dataset), files)
 
 
-def metadata_faults(dataset: Path, file_names: Iterable[str], full: bool) -> list[str] | None:
-    """What of the metadata isn't as it was recorded, each a line; None if there is no record of these shards.
+def metadata_faults(dataset: Path, shards: Mapping[str, str], full: bool) -> list[str] | None:
+    """What of the metadata isn't as it was recorded, each a line; None if there is no record of just these shards.
 
+    shards: sha256 of each, as in the ledger: that their files have it is not looked at here
     full: compare checksums too, not only sizes
     """
     if size_of_plain_file(_record_path(dataset)) is None:
@@ -116,13 +118,14 @@ def metadata_faults(dataset: Path, file_names: Iterable[str], full: bool) -> lis
         expected = {name: (file["num_bytes"], file["sha256"]) for name, file in recorded.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    if {name for name in expected if not name.startswith(META_FOLDER)} != set(map(_index_name, file_names)):
+    beside = {name: digest for name, (_, digest) in expected.items() if not name.startswith(META_FOLDER)}
+    if set(beside) != {*shards, *map(_index_name, shards)} or any(beside[name] != shards[name] for name in shards):
         return None
     folder = dataset / META_FOLDER
     if folder.is_symlink() or not folder.is_dir():
         return [f"{META_FOLDER}: missing, or not a folder"]
     faults = []
-    for name in sorted({*expected, *(f"{META_FOLDER}/{each}" for each in os.listdir(folder))}):
+    for name in sorted({*expected, *(f"{META_FOLDER}/{each}" for each in os.listdir(folder))} - set(shards)):
         size = size_of_plain_file(dataset / name)
         if name not in expected:
             faults.append(f"{name}: not of this dataset's metadata")

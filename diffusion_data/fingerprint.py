@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion_data.durable_file import write_json
+from diffusion_data.durable_file import sha256_of_file, write_json
 from diffusion_data.errors import UserError
 
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
@@ -26,7 +26,7 @@ def files_digest(files: Iterable[Path]) -> str:
     for file in sorted(files, key=lambda each: each.name):
         content = file.resolve().name if file.is_symlink() else ""
         if not _HUB_BLOB.fullmatch(content):
-            content = _sha256(file)
+            content = sha256_of_file(file.resolve())
         digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()
 
@@ -42,7 +42,7 @@ def module_digest(function: Callable[..., Any]) -> str | None:
         file = inspect.getsourcefile(function)
     except TypeError:  # built in
         return None
-    return _sha256(Path(file)) if file and Path(file).is_file() else None
+    return sha256_of_file(Path(file).resolve()) if file and Path(file).is_file() else None
 
 
 def library_versions() -> dict[str, str]:
@@ -101,11 +101,3 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(each, f"{name}.{label}")
     else:
         yield name, value
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

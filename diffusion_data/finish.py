@@ -20,11 +20,10 @@ from diffusion_data.dataset_stats import DatasetStats
 from diffusion_data.durable_file import durable_file, write_json
 from diffusion_data.energon_metadata import META_FOLDER, metadata_faults, record_metadata, write_energon_metadata
 from diffusion_data.errors import UserError
+from diffusion_data.latent_sample import EMPTY_CAPTION_FILE
 from diffusion_data.ledger import Ledger, LedgerEntry
 from diffusion_data.run_folder import refuse_foreign_shards
 from diffusion_data.shard_plan import Shard, asked_splits, assign_splits
-
-EMPTY_CAPTION = "empty_caption.pickle"
 
 _SECONDS_UNTIL_FILES_SHOW = 60.0
 
@@ -75,9 +74,9 @@ def finish_dataset(
         raise UserError(
             f"every row was rejected ({format_reasons(sums.reasons)}); {run / 'rejected.jsonl'} says why, row by row"
         )
-    with durable_file(run / EMPTY_CAPTION) as file:
+    with durable_file(output_dir / EMPTY_CAPTION_FILE) as file:
         file.write(pickle.dumps(empty_caption, protocol=5))
-    splits = _write_metadata(output_dir, sums.counts, split_ratio, seed, verify_full)
+    splits = _write_metadata(output_dir, sums, split_ratio, seed, verify_full)
     totals = Totals(
         rows=shards[-1].stop,
         written=sums.written,
@@ -98,9 +97,10 @@ def finish_dataset(
 
 @dataclass
 class _LedgerSums:
-    """What is added up entry by entry; counts: samples of each tar."""
+    """What is added up entry by entry. counts: samples of each tar; sha256: of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     stage_seconds: Counter[str] = field(default_factory=Counter)
     stage_cpu_seconds: Counter[str] = field(default_factory=Counter)
@@ -112,7 +112,9 @@ class _LedgerSums:
 
     def add(self, entry: LedgerEntry) -> None:
         if entry.file is not None:
+            assert entry.sha256 is not None
             self.counts[entry.file] = entry.samples
+            self.sha256[entry.file] = entry.sha256
         self.written += entry.written
         self.reasons.update(row["reason"] for row in entry.rejected)
         self.stage_seconds.update(entry.stage_seconds)
@@ -170,19 +172,20 @@ def _rounded(seconds: Counter[str]) -> dict[str, float]:
 
 
 def _write_metadata(
-    output_dir: Path, counts: dict[str, int], split_ratio: Sequence[float], seed: int, full: bool
+    output_dir: Path, sums: _LedgerSums, split_ratio: Sequence[float], seed: int, full: bool
 ) -> dict[str, list[str]]:
-    """Make `.nv-meta`, unless it is there already with these splits, as it was written: then nothing has changed."""
-    splits = assign_splits(list(counts), split_ratio, seed)
-    if metadata_faults(output_dir, counts, full) == []:
+    """Make `.nv-meta`, unless it is there already of these shards, with these splits, as it was written."""
+    files = list(sums.counts)
+    splits = assign_splits(files, split_ratio, seed)
+    if metadata_faults(output_dir, sums.sha256, full) == []:
         written = yaml.safe_load((output_dir / META_FOLDER / "split.yaml").read_text())
         if written["split_parts"] == splits:
             return splits
     try:
-        write_energon_metadata(output_dir, list(counts), split_ratio, seed, counts)
+        write_energon_metadata(output_dir, files, split_ratio, seed, sums.counts)
     except RuntimeError as error:
         raise UserError(
             f"output_dir: {error}; make room or mend the disk, and run the same command again with verify=full"
         ) from error
-    record_metadata(output_dir, counts)
+    record_metadata(output_dir, sums.sha256)
     return splits

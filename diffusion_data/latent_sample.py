@@ -31,6 +31,8 @@ TEXT_PART = "pickle"
 METADATA_PART = "json"
 PARTS = (LATENT_PART, TEXT_PART, METADATA_PART)
 
+EMPTY_CAPTION_FILE = "run/empty_caption.pickle"  # of the dataset; as a text part
+
 FORMAT_VERSION = 1  # part of the fingerprint: raise it when the bytes of a part change
 
 _KEY = re.compile(r"samples/sample_(?P<row>[0-9]{9,})(_(?P<number>[0-9]{3,}))?")

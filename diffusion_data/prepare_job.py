@@ -35,6 +35,7 @@ class Job:
 
     todo: shards that are to be made
     retry: shards that are there, of which rejected rows are to be tried again
+    num_rejected: rows that each of `shards` rejects; None if it isn't finished
     """
 
     encoders: Encoders
@@ -42,6 +43,7 @@ class Job:
     shards: list[Shard]
     todo: list[Shard]
     retry: list[Shard]
+    num_rejected: list[int | None]
     ledger: Ledger
     lock: RunLock
     budgets: Budgets
@@ -66,17 +68,20 @@ def plan_job(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, unt
         before = fields_before(folder.run / "fingerprint.json").get("batching")
         budgets = config.batching.budgets(free_bytes(device), before)
         ledger = folder.open(run_fingerprint(config, source, shards, encoders, budgets), asdict(config))
-        todo, retry = (
-            [shard.number for shard in some]
-            for some in folder.unfinished(
-                shards,
-                ledger,
-                max_reject_rate=config.max_reject_rate,
-                retry_rejected=config.retry_rejected,
-                verify=config.verify,
-            )
+        unfinished = folder.unfinished(
+            shards,
+            ledger,
+            max_reject_rate=config.max_reject_rate,
+            retry_rejected=config.retry_rejected,
+            verify=config.verify,
         )
-        told = {"todo": todo, "retry": retry, "fingerprint": ledger.fingerprint, "budgets": asdict(budgets)}
+        told = {
+            "todo": [shard.number for shard in unfinished.todo],
+            "retry": [shard.number for shard in unfinished.retry],
+            "num_rejected": unfinished.num_rejected,
+            "fingerprint": ledger.fingerprint,
+            "budgets": asdict(budgets),
+        }
         ranks.publish("plan", told)
     plan = ranks.receive("plan")
     return Job(
@@ -85,6 +90,7 @@ def plan_job(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None, unt
         shards=shards,
         todo=[shards[number] for number in plan["todo"]],
         retry=[shards[number] for number in plan["retry"]],
+        num_rejected=plan["num_rejected"],
         ledger=Ledger(folder.output_dir, plan["fingerprint"]),
         lock=lock,
         budgets=Budgets(**plan["budgets"]),
@@ -123,10 +129,9 @@ def _estimated_row_bytes(config: PrepareConfig, encoders: Encoders) -> int:
 
 def with_retries(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeWorkers) -> Job:
     """With the shards to do, of those to retry, that can gain rows now."""
-    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers)
+    drop = RunFolder(Path(config.output_dir)).drop_what_was_finished
+    gaining = shards_that_gain(ranks, job.retry, job.ledger, job.source, workers, before_any_changes=drop)
     if ranks.rank == 0:
         print(f"rows that the network failed: in {len(gaining)} of {len(job.retry)} shards some can be had now")
-        if gaining:
-            RunFolder(Path(config.output_dir)).drop_what_was_finished()
     numbers = sorted(gaining.union(shard.number for shard in job.todo))
     return replace(job, todo=[job.shards[number] for number in numbers])

@@ -6,7 +6,7 @@ writer keeps the old one if a row is lost on the way (see `ShardWriter.write`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.decoded_row import DecodedRow
@@ -17,11 +17,18 @@ from diffusion_data.sources import ParquetSource, Row
 
 
 def shards_that_gain(
-    ranks: Ranks, retry: Sequence[Shard], ledger: Ledger, source: ParquetSource, workers: DecodeWorkers
+    ranks: Ranks,
+    retry: Sequence[Shard],
+    ledger: Ledger,
+    source: ParquetSource,
+    workers: DecodeWorkers,
+    before_any_changes: Callable[[], object],
 ) -> set[int]:
     """Numbers of the shards of `retry` of which a rejected row can be had now, on every rank the same.
 
     The ranks share the rows, which count neither as done nor as rejected.
+
+    before_any_changes: called on rank 0, if there are such shards, before any rank is told which
     """
     gaining: set[int] = set()
 
@@ -37,7 +44,12 @@ def shards_that_gain(
     for shard, result in workers.map(rows()):
         if isinstance(result, DecodedRow):
             gaining.add(shard.number)
+    if ranks.rank == 0:
+        for rank in range(1, ranks.world_size):
+            gaining.update(ranks.receive(f"gaining/{rank}", publisher=rank))
+        if gaining:
+            before_any_changes()
+        ranks.publish("gaining", sorted(gaining))
+        return gaining
     ranks.publish(f"gaining/{ranks.rank}", sorted(gaining))
-    for rank in range(ranks.world_size):
-        gaining.update(ranks.receive(f"gaining/{rank}", publisher=rank))
-    return gaining
+    return set(ranks.receive("gaining"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,23 @@ from diffusion_data.energon_metadata import remove_energon_metadata
 from diffusion_data.errors import UserError
 from diffusion_data.fingerprint import check_or_write_fingerprint, fingerprint_digest
 from diffusion_data.job_report import report_folder
-from diffusion_data.ledger import Ledger, LedgerEntry, ledger_folder
+from diffusion_data.ledger import Ledger, ledger_folder
 from diffusion_data.run_lock import lock_folder
 from diffusion_data.shard_plan import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """What a start finds to do.
+
+    todo: shards that are not there as the ledger tells
+    retry: shards of which rejected rows are to be tried again
+    num_rejected: rows that each of all shards rejects; None if it isn't finished
+    """
+
+    todo: list[Shard]
+    retry: list[Shard]
+    num_rejected: list[int | None]
 
 
 class RunFolder:
@@ -77,33 +92,37 @@ class RunFolder:
         max_reject_rate: float,
         retry_rejected: str | None,
         verify: str,
-    ) -> tuple[list[Shard], list[Shard]]:
-        """Shards that are not there as the ledger tells; and those of which rejected rows are to be tried again:
-        where an outage of the network spoilt many, or, if asked for, any.
+    ) -> Unfinished:
+        """What is still to do, if there are `shards` in all.
 
+        max_reject_rate: rows of a shard that an outage spoilt more of than this share are tried again
+        retry_rejected: "network" tries those of any shard again
         verify: "size" compares each tar's size with the ledger's, "full" its checksum too
 
-        If there are any of the first kind, the metadata and the report of an earlier end go.
+        If a shard is to be made, the metadata and the report of an earlier end go.
 
         Raises:
             UserError: there are shards of something else.
         """
         refuse_foreign_shards(self.output_dir, shards)
         with explained(self.output_dir):
-            entries = {shard.number: ledger.read(shard) for shard in shards}
-            damaged = _damaged(ledger, entries.values()) if verify == "full" else set()
-            todo, retry = [], []
-            for shard in shards:
-                entry = entries[shard.number]
-                if entry is None or shard.number in damaged:
+            with ThreadPoolExecutor(usable_cpus()) as readers:
+                states = list(readers.map(lambda shard: _look_at(ledger, shard, verify == "full"), shards))
+            todo, retry, damaged = [], [], []
+            for shard, state in zip(shards, states, strict=True):
+                if state is None:
                     todo.append(shard)
-                elif len(entry.retryable) > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
+                elif state.is_damaged:
+                    todo.append(shard)
+                    damaged.append(shard)
+                elif state.num_retryable > (0 if retry_rejected == "network" else max_reject_rate * shard.num_rows):
                     retry.append(shard)
             if todo:
                 self.drop_what_was_finished()
-            for number in damaged:
-                ledger.remove(shards[number])
-        return todo, retry
+            for shard in damaged:
+                ledger.remove(shard)
+        num_rejected = [None if state is None or state.is_damaged else state.num_rejected for state in states]
+        return Unfinished(todo=todo, retry=retry, num_rejected=num_rejected)
 
     def drop_what_was_finished(self) -> None:
         """What is about to change must not look finished, nor be described as it was."""
@@ -123,9 +142,25 @@ def refuse_foreign_shards(output_dir: Path, shards: Sequence[Shard]) -> None:
         )
 
 
-def _damaged(ledger: Ledger, entries: Iterable[LedgerEntry | None]) -> set[int]:
-    """Numbers of the shards that don't have the bytes that were written, read several at a time."""
-    listed = [entry for entry in entries if entry is not None]
-    with ThreadPoolExecutor(usable_cpus()) as readers:
-        hold = readers.map(ledger.has_its_bytes, listed)
-        return {entry.shard for entry, holds in zip(listed, hold, strict=True) if not holds}
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What matters of a ledger entry, which with its rejected rows may be large.
+
+    is_damaged: the tar doesn't have the bytes that were written
+    """
+
+    num_rejected: int
+    num_retryable: int
+    is_damaged: bool
+
+
+def _look_at(ledger: Ledger, shard: Shard, full: bool) -> _State | None:
+    """Of a shard that is there as the ledger tells, else None. full: compare checksums."""
+    entry = ledger.read(shard)
+    if entry is None:
+        return None
+    return _State(
+        num_rejected=len(entry.rejected),
+        num_retryable=len(entry.retryable),
+        is_damaged=full and not ledger.has_its_bytes(entry),
+    )

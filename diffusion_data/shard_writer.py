@@ -5,6 +5,7 @@ Equal samples give equal bytes: members carry no time, owner or other trace of t
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from webdataset import TarWriter
@@ -35,29 +36,27 @@ class ShardWriter:
         written = num_samples = 0
         encoded.wait()
         times = encoded.record.times
-        try:
-            with times.busy("write"), durable_file(final) as file:
-                with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                    for row in encoded.rows():
-                        if isinstance(row, RejectedRow):
-                            rejected.append(row)
-                            continue
-                        stats.add_left_out(row.left_out)
-                        for sample in row.samples:
-                            tar.write({"__key__": sample.key, **sample.to_parts()})
-                            stats.add(sample)
-                        written += 1
-                        num_samples += len(row.samples)
-                if before is not None and not {row.row for row in rejected} < before.rejected_rows:
-                    raise _NothingGained
-                if not written:
-                    raise _NothingToWrite
-                self._ledger.remove(shard)  # an earlier entry could be taken for one of the new tar
-        except _NothingGained:
-            assert before is not None
+        # An earlier entry could be taken for one of the new tar. Until the rename it is of the old one, which may stay.
+        strike_off = partial(self._ledger.remove, shard)
+        with times.busy("write"), durable_file(final, before_rename=strike_off) as file:
+            with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+                for row in encoded.rows():
+                    if isinstance(row, RejectedRow):
+                        rejected.append(row)
+                        continue
+                    stats.add_left_out(row.left_out)
+                    for sample in row.samples:
+                        tar.write({"__key__": sample.key, **sample.to_parts()})
+                        stats.add(sample)
+                    written += 1
+                    num_samples += len(row.samples)
+            gains = before is None or {row.row for row in rejected} < before.rejected_rows
+            if not gains or not written:
+                file.discard()
+        if before is not None and not gains:
             return before
-        except _NothingToWrite:
-            self._ledger.remove(shard)
+        if not written:
+            strike_off()
             remove_file(final)  # of an earlier try, in which a row could still be fetched
         entry = LedgerEntry(
             shard=shard.number,
@@ -78,11 +77,3 @@ class ShardWriter:
         )
         self._ledger.write(entry)
         return entry
-
-
-class _NothingToWrite(Exception):
-    """Leaves `durable_file` without a file."""
-
-
-class _NothingGained(Exception):
-    """As _NothingToWrite; what is there stays."""

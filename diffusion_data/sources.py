@@ -94,7 +94,8 @@ class ParquetSource:
         """Find the files and read their footers.
 
         Raises:
-            UserError: nothing there, no parquet file in the folder, or an unreadable one, by name.
+            UserError: nothing there, no parquet file in the folder, or one that is unreadable or whose name isn't
+                UTF-8, by name.
         """
         filesystem, paths = _find(str(SAMPLE_PARQUET) if path == BUNDLED_SAMPLE else path)
         shared = posixpath.commonpath([posixpath.dirname(each) for each in paths])
@@ -230,6 +231,11 @@ def _is_data(path: str) -> bool:
 
 def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) -> SourceFile:
     url = filesystem.unstrip_protocol(path) if "file" not in filesystem.protocol else path
+    name = posixpath.relpath(path, shared)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"source.path: the name {name!r} is not UTF-8, as samples' json needs it; rename it") from error
     try:
         with filesystem.open(path, "rb") as file:
             metadata = pq.read_metadata(file)
@@ -243,7 +249,7 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, path: str, shared: str) 
         raise UserError(f"source.path: {url} is not a readable parquet file: {one_line(error)}") from error
     return SourceFile(
         url=url,
-        name=posixpath.relpath(path, shared),
+        name=name,
         num_bytes=num_bytes,
         row_group_rows=row_group_rows,
         columns=tuple(metadata.schema.to_arrow_schema().names),

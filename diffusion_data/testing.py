@@ -25,7 +25,7 @@ import webdataset
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 
-from diffusion_data.latent_sample import LatentSample, build_metadata, sample_key
+from diffusion_data.latent_sample import EMPTY_CAPTION_FILE, LatentSample, build_metadata, sample_key
 
 DATASET_YAML = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
 LATENT_SHAPES = ((4, 1, 4, 4), (4, 1, 4, 8), (4, 3, 4, 4))
@@ -87,7 +87,7 @@ def write_dataset(
         (folder / "run").mkdir()
         (folder / "run" / "stats.json").write_text(json.dumps(_stats(samples)))
         empty = np.full((1, samples[0].text_embedding.shape[1]), EMPTY_CAPTION_VALUE, np.float16)
-        (folder / "run" / "empty_caption.pickle").write_bytes(pickle.dumps(empty, protocol=5))
+        (folder / EMPTY_CAPTION_FILE).write_bytes(pickle.dumps(empty, protocol=5))
     return folder
 
 

@@ -15,9 +15,8 @@ from megatron.energon import WorkerConfig
 
 from diffusion_data.dataset_folder import DatasetFolder
 from diffusion_data.errors import UserError
+from diffusion_data.latent_sample import EMPTY_CAPTION_FILE
 from diffusion_data.safe_decoder import decode_part
-
-EMPTY_CAPTION = ("run", "empty_caption.pickle")
 
 
 def uniform(*of: object) -> float:
@@ -42,9 +41,7 @@ def read_empty_caption(folders: Sequence[DatasetFolder]) -> torch.Tensor:
         UserError: none has.
     """
     for folder in folders:
-        file = folder.path
-        for name in EMPTY_CAPTION:
-            file = file / name
+        file = folder.path / EMPTY_CAPTION_FILE
         if file.is_file():
             try:
                 embedding = np.asarray(decode_part(file.name, file.read_bytes()), dtype=np.float32)
@@ -54,6 +51,6 @@ def read_empty_caption(folders: Sequence[DatasetFolder]) -> torch.Tensor:
                 raise UserError(f"{file} can't be used: {error}") from error
             return torch.from_numpy(embedding).to(torch.bfloat16)
     raise UserError(
-        f"text_dropout needs the embedding of the empty caption, {'/'.join(EMPTY_CAPTION)}, which "
+        f"text_dropout needs the embedding of the empty caption, {EMPTY_CAPTION_FILE}, which "
         f"{', '.join(str(folder.path) for folder in folders)} lacks; copy it from a dataset of the same text encoder"
     )

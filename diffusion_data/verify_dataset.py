@@ -152,7 +152,8 @@ def _compare_with_ledger(
         verdict.faults.append(f"{file}: not in the ledger")
     for file in sorted(set(written) - set(listed)) if listed else ():
         verdict.faults.append(f"{file}: in no split")
-    faults = metadata_faults(dataset, written, full=True)
+    digests = {file: entry.sha256 for file, entry in written.items() if entry.sha256 is not None}
+    faults = metadata_faults(dataset, digests, full=True)
     if faults is None:
         faults = ["run/metadata.json: missing, or of other shards; run the job again, which makes it"]
     verdict.faults += faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -59,9 +60,26 @@ def test_data_is_flushed_before_the_rename_and_the_folder_after_it(
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_replace)
-    with durable_file(tmp_path / "x") as file:
+    with durable_file(tmp_path / "x", before_rename=lambda: happened.append("last moment")) as file:
         file.write(b"abc")
-    assert happened == ["flush file", "rename", "flush folder"]
+    assert happened == ["flush file", "last moment", "rename", "flush folder"]
+
+
+def test_what_is_discarded_or_fails_before_the_rename_leaves_what_was_there_before(tmp_path: Path) -> None:
+    final = tmp_path / "x.tar"
+    final.write_bytes(b"before")
+    called: list[str] = []
+    with durable_file(final, before_rename=lambda: called.append("before rename")) as file:
+        file.write(b"unwanted")
+        file.discard()
+    assert (called, final.read_bytes(), os.listdir(tmp_path)) == ([], b"before", ["x.tar"])
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "no")
+
+    with pytest.raises(OSError, match="no"), durable_file(final, before_rename=fail) as file:
+        file.write(b"new")
+    assert (final.read_bytes(), os.listdir(tmp_path)) == (b"before", ["x.tar"])
 
 
 def test_only_partial_files_are_cleared(tmp_path: Path) -> None:

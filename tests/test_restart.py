@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_data import durable_file, ledger
+from diffusion_data import durable_file, ledger, reject_limit
 from diffusion_data.encoders import Encoders, load_encoders
 from diffusion_data.errors import UserError
 from diffusion_data.media import MediaLoader
@@ -214,6 +214,16 @@ def test_a_shard_made_again_is_struck_off_first(
     monkeypatch.setattr(Path, "replace", note)
     prepare(config(finished, dataset), encoders)
     assert there == [False]
+
+
+def test_the_rejects_of_a_shard_that_was_missing_are_a_share_of_all_rows(
+    finished: Path, dataset: Path, encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of its own; the limit counts from a few rows on here."""
+    monkeypatch.setattr(reject_limit, "REJECT_RATE_ROWS", 4)
+    (dataset / "shard_000001.tar").unlink()
+    prepare(config(finished, dataset, max_reject_rate=0.15), encoders)
+    assert outcome(dataset) == outcome(finished)
 
 
 def test_an_option_that_is_neither_size_nor_full_is_refused(finished: Path, tmp_path: Path) -> None:

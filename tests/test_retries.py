@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffusion_data import durable_file, reject_limit
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.decoded_row import DecodedRow, DecodedSample, RejectedRow
 from diffusion_data.errors import Reason, RowRejected, UserError
@@ -23,7 +27,9 @@ from diffusion_data.process_funcs import MediaSample, media_caption
 from diffusion_data.retries import shards_that_gain
 from diffusion_data.shard_plan import Shard
 from diffusion_data.sources import ParquetSource, Row
+from diffusion_data.verify_dataset import verify_dataset
 from tests.small_source import prepare_config, source_rows, write_source
+from tests.test_disk_faults import outcome
 from tests.test_distributed import ranks
 from tests.test_prepare import tar_bytes
 
@@ -134,6 +140,15 @@ def test_a_shard_that_gains_a_row_is_what_it_had_been_if_the_row_had_succeeded_a
     assert rejected == [6, 7]
 
 
+def test_a_shard_that_gains_a_row_is_accepted_with_those_that_it_still_lacks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a quarter of what is decoded, and were accepted once; the limit counts from a few rows on here."""
+    monkeypatch.setattr(reject_limit, "REJECT_RATE_ROWS", 4)
+    run.up(6)
+    assert run.totals(max_reject_rate=0.2) == (6, {"timeout": 1, "null_caption": 1})
+
+
 def test_a_row_that_was_written_is_not_lost_when_the_network_fails_it_now(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,12 +175,49 @@ def test_a_row_that_fails_again_while_its_shard_is_made_leaves_the_old_shard(run
     assert tar_bytes(run.out) == tars
 
 
+def test_a_disk_that_fails_while_a_shard_gains_a_row_leaves_the_old_one_and_its_rows(run: Run) -> None:
+    run.up(1)
+    tars, fsync = tar_bytes(run.out), os.fsync
+
+    def full(descriptor: int) -> None:
+        if "shard_000000.tar." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(durable_file.os, "fsync", full)
+        with pytest.raises(UserError, match=r"can't write shard_000000\.tar: .*No space left"):
+            run.totals()
+    run.down(0)  # it had been written
+    assert run.totals() == (5, {"timeout": 1, "fetch_error": 1, "null_caption": 1})
+    assert tar_bytes(run.out) == tars
+
+
 def test_retries_come_along_with_what_is_missing(run: Run) -> None:
     run.up(1, 6)
     (run.out / "shard_000001.tar").unlink()
     assert run.totals() == (7, {"null_caption": 1})
     assert sorted(run.asked()) == sorted([1, *range(8)])
     assert tar_bytes(run.out) == run.undisturbed()
+
+
+def test_metadata_of_what_a_shard_was_before_it_gained_a_row_is_made_anew(run: Run) -> None:
+    """What a run leaves that is killed at the wrong moment, if anything does."""
+    stale = [run.out / ".nv-meta", run.out / "run/metadata.json", run.out / "shard_000000.tar.idx"]
+    for path in stale:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, run.folder / path.name)
+    run.up(1)
+    run.totals()
+    whole = outcome(run.out)
+    for path in stale:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (run.folder / path.name).rename(path)
+    assert outcome(run.out) != whole
+    assert "run/metadata.json: missing, or of other shards; run the job again, which makes it" in (
+        verify_dataset(run.out, num_workers=1).faults
+    )
+    run.totals(retry_rejected=None)
+    assert outcome(run.out) == whole
 
 
 def test_a_shard_of_failed_rows_alone_gets_a_tar_when_some_can_be_had(run: Run) -> None:
@@ -227,11 +279,18 @@ def test_ranks_share_the_rows_and_learn_the_same(tmp_path: Path) -> None:
         return RejectedRow(row=row.index, source_file="", source_row=0, reason=Reason.fetch_error, message="")
 
     found: dict[int, set[int]] = {}
+    dropped: list[int] = []
+    found_when_dropped: list[int] = []
 
     def work(one: Any) -> None:
+        def drop_metadata() -> None:
+            time.sleep(0.5)  # as long as the others would need to go on
+            found_when_dropped.extend(found)
+            dropped.append(one.rank)
+
         own_source = ParquetSource(source.files)
         with DecodeWorkers(decode, 0) as workers:
-            found[one.rank] = shards_that_gain(one, shards, ledger, own_source, workers)
+            found[one.rank] = shards_that_gain(one, shards, ledger, own_source, workers, drop_metadata)
 
     everybody = ranks(3)
     threads = [Thread(target=work, args=(one,)) for one in everybody]
@@ -240,4 +299,5 @@ def test_ranks_share_the_rows_and_learn_the_same(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == {0: {2, 5}, 1: {2, 5}, 2: {2, 5}}
+    assert (dropped, found_when_dropped) == ([0], [])  # no shard changes beside metadata of what it was
     assert sorted(tried) == sorted({row for row in range(40) if row % 4 != 2} - {11, 23})

@@ -132,6 +132,17 @@ def damage(path: Path, row_group: int, column: str) -> None:
     path.write_bytes(raw)
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_it_is_to_be_written(three_files: Path) -> None:
+    odd = three_files / os.fsdecode(b"caf\xe9.parquet")
+    try:
+        write(three_files / "x.parquet", [1])
+        (three_files / "x.parquet").rename(odd)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(UserError, match=r"source\.path: the name 'caf\\udce9\.parquet' is not UTF-8"):
+        ParquetSource.open(str(three_files))
+
+
 def write_pages(path: Path, num_rows: int = 300, row_group_size: int = 100, **options: Any) -> None:
     """Rows of three columns, eight to a page."""
     table = pa.table({name: [f"{name}{row:05d}" for row in range(num_rows)] for name in ("a", "b", "c")})
