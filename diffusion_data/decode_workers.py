@@ -15,7 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 from diffusion_data.decode_worker_process import Raised, WorkerDied, WorkerProcess, WorkerTraceback
 from diffusion_data.decoded_row import DecodedRow, RejectedRow
@@ -24,6 +25,8 @@ from diffusion_data.row_exchange import Closed, RowExchange
 from diffusion_data.sources import Row
 
 _RUN_AHEAD_ROWS = 16  # per worker: covers a row that takes as long as 16 others
+_ROWS_IN_STOCK = 2  # per worker, when another group is begun: one in work, and one for the caller meanwhile
+_ROW_BYTES = 256 << 20  # of rows that wait or are in work: media may lie in them; at least a row for each worker
 _RUN_AHEAD_BYTES = 2 << 30  # of decoded frames waiting in this process
 _ROWS_HELD = 2  # by a worker: the one in work, and the one that it goes on with
 _TRIES = 2  # of a row whose worker died: the machine may have been short of memory just then
@@ -46,8 +49,7 @@ class DecodeWorkers:
         if row_timeout_seconds is not None and not num_workers:
             raise ValueError("row_timeout_seconds needs worker processes: without them nothing can be stopped")
         self._decoder = decoder
-        self._run_ahead_rows = _RUN_AHEAD_ROWS * num_workers
-        self._exchange = RowExchange(num_workers, _RUN_AHEAD_BYTES)
+        self._exchange = RowExchange(num_workers, max_row_bytes=_ROW_BYTES, max_result_bytes=_RUN_AHEAD_BYTES)
         self._attendants = [_Attendant(self._exchange, decoder, row_timeout_seconds) for _ in range(num_workers)]
 
     def __enter__(self) -> DecodeWorkers:
@@ -69,33 +71,78 @@ class DecodeWorkers:
     def map(self, rows: Iterable[tuple[Tag, Row]]) -> Iterator[tuple[Tag, DecodedRow | RejectedRow]]:
         """Decode tagged rows; yields (tag, result) in the order of `rows`. One call at a time.
 
-        Reads `rows` only as far ahead as the workers need, bounded in rows and in bytes of frames.
+        Reads `rows` only as far ahead as the workers need, bounded in rows, in their bytes and in bytes of frames.
         Raises what `rows` raises, and what the decoder raises, at that row's place in the order.
         """
+        return self.map_groups([rows])
+
+    def map_groups(self, groups: Iterable[Iterable[tuple[Tag, Row]]]) -> Iterator[tuple[Tag, DecodedRow | RejectedRow]]:
+        """`map` for the rows of one group after the other, where a group that was asked for is nobody else's.
+
+        So the next one is asked for as late as the caller isn't kept waiting by it: when a worker has nothing to do,
+        and the caller is waiting, or is about to be.
+        """
         if not self._attendants:
-            for tag, row in rows:
+            for tag, row in chain.from_iterable(groups):
                 yield tag, self._decoder(row)
             return
-        source = iter(rows)
-        tags: deque[Tag] = deque()
-        exhausted = False
+        ahead = _RunAhead(groups, self._exchange, len(self._attendants))
         try:
             while True:
-                while not exhausted and len(tags) < self._run_ahead_rows:
-                    entry = next(source, None)
-                    if entry is None:
-                        exhausted = True
-                    else:
-                        tags.append(entry[0])
-                        self._exchange.put(entry[1])
-                if not tags:
+                while ahead.row_is_due():
+                    ahead.read()
+                if not ahead.tags:
                     return
-                result = self._exchange.next_result()
+                result = self._exchange.next_result(ahead.row_is_due)
                 if isinstance(result, Raised):
                     raise result.error from WorkerTraceback(f"\n{result.traceback}")
-                yield tags.popleft(), result
+                if result is not None:
+                    yield ahead.tags.popleft(), result
         finally:
             self._exchange.forget()
+
+
+class _RunAhead(Generic[Tag]):
+    """Reads the rows of groups into the exchange, as far ahead as is due.
+
+    tags: of the rows on their way, whose results are still to be had, in order
+    """
+
+    def __init__(self, groups: Iterable[Iterable[tuple[Tag, Row]]], exchange: RowExchange, num_workers: int) -> None:
+        self.tags: deque[Tag] = deque()
+        self._groups = iter(groups)
+        self._rows: Iterator[tuple[Tag, Row]] | None = None  # of the group that was asked for last, if it has more
+        self._exhausted = False
+        self._exchange = exchange
+        self._max_rows = _RUN_AHEAD_ROWS * num_workers
+        self._stock = _ROWS_IN_STOCK * num_workers
+
+    def row_is_due(self) -> bool:
+        if self._exhausted or len(self.tags) >= self._max_rows or not self._exchange.has_room():
+            return False
+        return self._rows is not None or self._group_is_due()
+
+    def _group_is_due(self) -> bool:
+        if not self.tags:
+            return True
+        running_out = len(self.tags) < self._stock or not self._exchange.has_result()
+        return running_out and self._exchange.has_idle_worker()
+
+    def read(self) -> None:
+        """A row, unless the group, or the last of the groups, turns out to be at its end."""
+        if self._rows is None:
+            group = next(self._groups, None)
+            if group is None:
+                self._exhausted = True
+                return
+            self._rows = iter(group)
+        entry = next(self._rows, None)
+        if entry is None:
+            self._rows = None
+            return
+        tag, row = entry
+        self.tags.append(tag)
+        self._exchange.put(row)
 
 
 class _Attendant(threading.Thread):
