@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from diffusion_data.busy_shares import BusyShares
@@ -34,7 +35,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     before = {shard.number: job.ledger.read(shard) for shard in job.retry}
     shards = ranks.claimed(job.todo, "shards_claimed")
-    rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    rows_of_shards = (zip(repeat(shard), job.source.read_rows(shard.start, shard.stop)) for shard in shards)
     limit = RejectLimit(ranks, config.max_reject_rate)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
         pending: deque[Future[LedgerEntry | None]] = deque()
@@ -43,7 +44,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
             if (entry := pending.popleft().result()) is not None:
                 limit.shard_written(entry)
 
-        for encoded in pipeline.run(limit.watch(workers.map(rows))):
+        for encoded in pipeline.run(limit.watch(workers.map_groups(rows_of_shards))):
             pending.append(writing.submit(_write, writer, job.lock, busy, encoded, before.get(encoded.shard.number)))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 finish_oldest()
