@@ -84,7 +84,7 @@ class DecodeWorkers:
         """
         if not self._attendants:
             for tag, row in chain.from_iterable(groups):
-                yield tag, self._decoder(row)
+                yield tag, self._decode_here(row)
             return
         ahead = _RunAhead(groups, self._exchange, len(self._attendants))
         try:
@@ -100,6 +100,12 @@ class DecodeWorkers:
                     yield ahead.tags.popleft(), result
         finally:
             self._exchange.forget()
+
+    def _decode_here(self, row: Row) -> DecodedRow | RejectedRow:
+        try:
+            return self._decoder(row)
+        except MemoryError as error:  # what would end a worker must not end the job
+            return _rejected(row, Reason.worker_killed, f"without workers: {error!r}")
 
 
 class _RunAhead(Generic[Tag]):
@@ -247,16 +253,7 @@ class _Attendant(threading.Thread):
         raise UserError(f"decode workers can't be started: {_START_TRIES} died at once, the last one: {end}")
 
     def _reject(self, reason: Reason, message: str) -> None:
-        row = self._held[0][1]
-        self._finish(
-            RejectedRow(
-                row=row.index,
-                source_file=row.source_file,
-                source_row=row.source_row,
-                reason=reason,
-                message=message,
-            )
-        )
+        self._finish(_rejected(self._held[0][1], reason, message))
 
     def _finish(self, result: Any) -> None:
         number, _ = self._held.popleft()
@@ -264,3 +261,13 @@ class _Attendant(threading.Thread):
         self._deaths = 0
         self._waited_seconds = 0.0
         self._exchange.finish(number, result)
+
+
+def _rejected(row: Row, reason: Reason, message: str) -> RejectedRow:
+    return RejectedRow(
+        row=row.index,
+        source_file=row.source_file,
+        source_row=row.source_row,
+        reason=reason,
+        message=message,
+    )

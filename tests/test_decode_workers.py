@@ -44,6 +44,13 @@ def process(row: dict[str, Any], *, suffix: str = "") -> MediaSample:
             if not flag.exists():
                 flag.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
+        case "no memory":
+            raise MemoryError
+        case "no memory once":
+            flag = Path(row["flag"])
+            if not flag.exists():
+                flag.write_text("")
+                raise MemoryError
         case "return nothing":
             return None  # type: ignore[return-value]
     height, width = row.get("size", (32, 48))
@@ -195,6 +202,20 @@ def test_a_row_that_kills_its_worker_is_rejected_and_the_others_are_not_lost(tmp
     assert results[1].reason is Reason.worker_killed
     assert "2 times" in results[1].message
     assert "killed by SIGKILL" in results[1].message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_row_that_finds_no_memory_costs_its_worker_not_the_job(num_workers: int) -> None:
+    with DecodeWorkers(decoder(), num_workers) as workers:
+        results = list(workers.map(rows({}, {"does": "no memory"}, {})))
+    assert kinds(results) == ["decoded", "worker_killed", "decoded"]
+
+
+def test_a_row_that_finds_no_memory_is_tried_again(tmp_path: Path) -> None:
+    with DecodeWorkers(decoder(), 1) as workers:
+        results = list(workers.map(rows({}, {"does": "no memory once", "flag": str(tmp_path / "flag")}, {})))
+    assert kinds(results) == ["decoded"] * 3
+    assert (tmp_path / "flag").exists()
 
 
 def simple_decoder(row: Row) -> DecodedRow | RejectedRow:
