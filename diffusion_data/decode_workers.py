@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -151,6 +152,22 @@ class _RunAhead(Generic[Tag]):
         self._exchange.put(row)
 
 
+@dataclass
+class _HeldRow:
+    """A row that an attendant took.
+
+    sent: to the worker that is there now
+    waited_seconds: for its result, of this worker
+    deaths: of workers, that it has cost
+    """
+
+    number: int
+    row: Row
+    sent: bool = False
+    waited_seconds: float = 0.0
+    deaths: int = 0
+
+
 class _Attendant(threading.Thread):
     """Keeps one worker process busy, takes its results, replaces it when it dies."""
 
@@ -161,10 +178,7 @@ class _Attendant(threading.Thread):
         self._timeout_seconds = row_timeout_seconds
         self._worker: WorkerProcess | None = None
         self.ready = threading.Event()  # it works, or has failed
-        self._held: deque[tuple[int, Row]] = deque()  # the first is the one in work
-        self._num_sent = 0  # of them, to this worker
-        self._waited_seconds = 0.0  # for it
-        self._deaths = 0  # that it has cost
+        self._held: deque[_HeldRow] = deque()  # the first is the one in work
 
     def run(self) -> None:
         try:
@@ -195,32 +209,31 @@ class _Attendant(threading.Thread):
             self._bury_worker(self._worker)
 
     def _send_or_receive(self, worker: WorkerProcess) -> None:
-        if self._num_sent < len(self._held):
-            worker.send(self._held[self._num_sent][1])
-            self._num_sent += 1
+        if unsent := next((held for held in self._held if not held.sent), None):
+            worker.send(unsent.row)
+            unsent.sent = True
         elif not self._held:
-            self._held.append(self._exchange.take())
-            self._waited_seconds = 0.0
+            self._held.append(_HeldRow(*self._exchange.take()))
             if worker.has_something(0):  # it owes nothing: it died while it had nothing to do
                 worker.end()
                 self._start_worker()
         elif len(self._held) < _ROWS_HELD and (another := self._exchange.take_another()):
-            self._held.append(another)
+            self._held.append(_HeldRow(*another))
         else:
             self._receive(worker)
 
     def _receive(self, worker: WorkerProcess) -> None:
+        in_work = self._held[0]
         timeout = math.inf if self._timeout_seconds is None else self._timeout_seconds
-        wait_seconds = min(timeout - self._waited_seconds, _SECONDS_OF_ONE_WAIT)
+        wait_seconds = min(timeout - in_work.waited_seconds, _SECONDS_OF_ONE_WAIT)
         began = time.monotonic()
         if worker.has_something(wait_seconds):
-            number = self._held[0][0]
-            self._finish(worker.receive(functools.partial(self._exchange.admit, number)))
+            self._finish(worker.receive(functools.partial(self._exchange.admit, in_work.number)))
             return
         # A wait that took far too long was a stop of this process, its workers with it: no row runs out of time then.
         if time.monotonic() - began < wait_seconds + _SECONDS_OF_ONE_WAIT:
-            self._waited_seconds += wait_seconds
-        if self._waited_seconds < timeout:
+            in_work.waited_seconds += wait_seconds
+        if in_work.waited_seconds < timeout:
             return
         worker.kill()
         worker.end()
@@ -231,8 +244,9 @@ class _Attendant(threading.Thread):
         """The row in work is to blame, unless it was bad luck: it gets a second try."""
         end = worker.end()
         self._exchange.check_open()  # or it was killed because the caller is done
-        self._deaths += 1
-        if self._deaths == _TRIES:
+        in_work = self._held[0]
+        in_work.deaths += 1
+        if in_work.deaths == _TRIES:
             self._reject(Reason.worker_killed, f"its worker died {_TRIES} times, last: {end}")
         self._start_worker()
 
@@ -246,21 +260,17 @@ class _Attendant(threading.Thread):
             except WorkerDied:
                 end = self._worker.end()
                 continue
-            self._num_sent = 0
-            self._waited_seconds = 0.0
+            for held in self._held:
+                held.sent, held.waited_seconds = False, 0.0
             return
         self._exchange.check_open()
         raise UserError(f"decode workers can't be started: {_START_TRIES} died at once, the last one: {end}")
 
     def _reject(self, reason: Reason, message: str) -> None:
-        self._finish(_rejected(self._held[0][1], reason, message))
+        self._finish(_rejected(self._held[0].row, reason, message))
 
     def _finish(self, result: Any) -> None:
-        number, _ = self._held.popleft()
-        self._num_sent -= 1
-        self._deaths = 0
-        self._waited_seconds = 0.0
-        self._exchange.finish(number, result)
+        self._exchange.finish(self._held.popleft().number, result)
 
 
 def _rejected(row: Row, reason: Reason, message: str) -> RejectedRow:
