@@ -153,6 +153,8 @@ def _receive_rows(pipe: Connection, rows: queue.SimpleQueue[Row]) -> None:
 def _answer(decoder: Callable[[Row], Any], row: Row) -> tuple[bytes, list[memoryview]]:
     try:
         return _pack(decoder(row))
+    except MemoryError:
+        raise  # a new process may have enough
     except Exception as error:  # noqa: BLE001 - it is the parent's to raise
         return _pack(Raised(_portable(error), traceback.format_exc()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from diffusion_data.busy_shares import BusyShares
@@ -32,7 +33,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
     busy = BusyShares(ranks, {"decoding": num_decoders, "encoders": num_encoders, "writing": 1})
     writer = ShardWriter(Path(config.output_dir), job.ledger)
     shards = ranks.claimed(job.todo, "shards_claimed")
-    rows = ((shard, row) for shard in shards for row in job.source.read_rows(shard.start, shard.stop))
+    rows_of_shards = (zip(repeat(shard), job.source.read_rows(shard.start, shard.stop)) for shard in shards)
     standing = Standing.of(job.shards, job.todo, job.num_rejected)
     limit = RejectLimit(ranks, config.max_reject_rate, standing)
     with ThreadPoolExecutor(1, thread_name_prefix="shard writer") as writing:
@@ -42,7 +43,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
             if (entry := pending.popleft().result()) is not None:
                 limit.shard_written(entry)
 
-        for encoded in pipeline.run(limit.watch(workers.map(rows))):
+        for encoded in pipeline.run(limit.watch(workers.map_groups(rows_of_shards))):
             pending.append(writing.submit(_write, writer, job, busy, encoded))
             while len(pending) > _SHARDS_BEING_WRITTEN or (pending and pending[0].done()):
                 finish_oldest()

@@ -109,8 +109,8 @@ class Fetcher:
                 body = remote.read(self.max_fetch_bytes + 1)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise RowRejected(Reason.not_found, f"{url} does not exist") from error
-        except ImportError:
-            raise  # the filesystem's package is missing: every row would fail
+        except (ImportError, MemoryError):
+            raise  # the filesystem's package is missing: every row would fail; or this process is short of memory
         except Exception as error:  # each filesystem raises types of its own
             raise RowRejected(Reason.fetch_error, f"{url}: {type(error).__name__}: {error}") from error
         if len(body) > self.max_fetch_bytes:

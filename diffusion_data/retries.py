@@ -32,16 +32,15 @@ def shards_that_gain(
     """
     gaining: set[int] = set()
 
-    def rows() -> Iterator[tuple[Shard, Row]]:
-        for shard in ranks.claimed(retry, "retries_claimed"):
-            entry = ledger.read(shard)
-            for index in entry.retryable if entry is not None else ():
-                if shard.number in gaining:
-                    break
-                for row in source.read_rows(index, index + 1):
-                    yield shard, row
+    def rows(shard: Shard) -> Iterator[tuple[Shard, Row]]:
+        entry = ledger.read(shard)
+        for index in entry.retryable if entry is not None else ():
+            if shard.number in gaining:
+                break
+            for row in source.read_rows(index, index + 1):
+                yield shard, row
 
-    for shard, result in workers.map(rows()):
+    for shard, result in workers.map_groups(map(rows, ranks.claimed(retry, "retries_claimed"))):
         if isinstance(result, DecodedRow):
             gaining.add(shard.number)
     if ranks.rank == 0:

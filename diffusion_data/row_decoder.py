@@ -114,7 +114,7 @@ class RowDecoder:
                         end_seconds=_plain(frames.end_seconds),
                         mirrored=mirrored,
                     )
-        except RowRejected:
+        except (RowRejected, MemoryError):  # want of memory is the process's, and may be over at the next try
             raise
         # The user's own code may raise anything, or call sys.exit: the row's fault, not the job's.
         except (Exception, SystemExit) as error:

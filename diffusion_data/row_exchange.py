@@ -1,12 +1,14 @@
 """Rows in, numbered; results out, in the same order: what the caller of `DecodeWorkers` and its threads share.
 
-A row waits here for a worker, a result for its turn. Results are let in up to a number of bytes.
+A row waits here for a worker, a result for its turn; both up to a number of bytes.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_data.sources import Row
@@ -17,12 +19,18 @@ class Closed(Exception):
 
 
 class RowExchange:
-    """`put`, `next_result` and `forget` are the caller's; `take`, `admit`, `finish` and `fail` the attendants'."""
+    """`take`, `admit`, `finish` and `fail` are the attendants', the rest is the caller's.
 
-    def __init__(self, num_workers: int, max_bytes: int) -> None:
+    max_row_bytes: of rows that have no result yet, those in work too
+    max_result_bytes: of the arrays of results
+    """
+
+    def __init__(self, num_workers: int, *, max_row_bytes: int, max_result_bytes: int) -> None:
         self._num_workers = num_workers
-        self._max_bytes = max_bytes
+        self._max_row_bytes = max_row_bytes
+        self._max_result_bytes = max_result_bytes
         self._rows: deque[tuple[int, Row]] = deque()
+        self._row_bytes: dict[int, int] = {}  # of the rows that have no result yet
         self._results: dict[int, Any] = {}
         self._bytes: dict[int, int] = {}  # of the results that are here or on their way in
         self._next_in = self._next_out = 0
@@ -35,13 +43,36 @@ class RowExchange:
     def put(self, row: Row) -> None:
         with self._has_rows:
             self._rows.append((self._next_in, row))
+            self._row_bytes[self._next_in] = _num_bytes(row.values)
             self._next_in += 1
             self._has_rows.notify()
 
-    def next_result(self) -> Any:
+    def has_room(self) -> bool:
+        """For one more row. A worker that has none always gets one, however large they are."""
+        with self._has_rows:
+            return not self._is_full() or self.has_idle_worker()
+
+    def has_idle_worker(self) -> bool:
+        """Whether a worker has nothing to do, and no row waits for it."""
+        with self._has_rows:
+            return len(self._rows) < self._num_workers - len(self._busy)
+
+    def has_result(self) -> bool:
+        """Whether the one whose turn it is has come."""
         with self._has_result:
-            self._has_result.wait_for(lambda: self._next_out in self._results or self._failure or self._closed)
-            if self._next_out not in self._results:
+            return self._next_out in self._results
+
+    def next_result(self, row_is_due: Callable[[], bool]) -> Any:
+        """Wait for the result whose turn it is; None if row_is_due() before it comes.
+
+        row_is_due is asked again whenever `has_room` or `has_idle_worker` may have become true.
+        Raises what an attendant failed with.
+        """
+        with self._has_result:
+            self._has_result.wait_for(lambda: self.has_result() or self._failure or self._closed or row_is_due())
+            if not self.has_result():
+                if self._failure is None and not self._closed:
+                    return None
                 raise RuntimeError("the decode workers were ended") if self._failure is None else self._failure
             self._bytes.pop(self._next_out, None)
             self._next_out += 1
@@ -52,7 +83,7 @@ class RowExchange:
         """Drop what nobody will ask for; rows in work are dropped when they arrive."""
         with self._has_room:
             self._next_out = self._next_in
-            for each in (self._rows, self._results, self._bytes):
+            for each in (self._rows, self._row_bytes, self._results, self._bytes):
                 each.clear()
             self._has_room.notify_all()
 
@@ -61,6 +92,8 @@ class RowExchange:
         me = threading.get_ident()
         with self._has_rows:
             self._busy.discard(me)
+            if self.has_idle_worker():
+                self._has_result.notify()
             self._has_rows.wait_for(lambda: self._rows or self._closed)
             self.check_open()
             self._busy.add(me)
@@ -80,7 +113,9 @@ class RowExchange:
             self._bytes.pop(number, None)  # its worker died while it was read
             self._has_room.wait_for(
                 lambda: (
-                    self._closed or number <= self._next_out or sum(self._bytes.values()) + num_bytes <= self._max_bytes
+                    self._closed
+                    or number <= self._next_out
+                    or sum(self._bytes.values()) + num_bytes <= self._max_result_bytes
                 )
             )
             self.check_open()
@@ -89,9 +124,11 @@ class RowExchange:
 
     def finish(self, number: int, result: Any) -> None:
         with self._has_result:
+            was_full = self._is_full()
+            self._row_bytes.pop(number, None)
             if number >= self._next_out:
                 self._results[number] = result
-            if number == self._next_out:
+            if number == self._next_out or was_full:
                 self._has_result.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -108,3 +145,15 @@ class RowExchange:
     def check_open(self) -> None:
         if self._closed:
             raise Closed
+
+    def _is_full(self) -> bool:
+        return sum(self._row_bytes.values()) >= self._max_row_bytes
+
+
+def _num_bytes(value: Any) -> int:
+    """Of what a row's values hold: media of many megabytes, or a path to them."""
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_num_bytes, value))
+    return sys.getsizeof(value)

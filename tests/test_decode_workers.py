@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,13 @@ def process(row: dict[str, Any], *, suffix: str = "") -> MediaSample:
             if not flag.exists():
                 flag.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
+        case "no memory":
+            raise MemoryError
+        case "no memory once":
+            flag = Path(row["flag"])
+            if not flag.exists():
+                flag.write_text("")
+                raise MemoryError
         case "return nothing":
             return None  # type: ignore[return-value]
     height, width = row.get("size", (32, 48))
@@ -194,6 +204,20 @@ def test_a_row_that_kills_its_worker_is_rejected_and_the_others_are_not_lost(tmp
     assert "killed by SIGKILL" in results[1].message
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_row_that_finds_no_memory_costs_its_worker_not_the_job(num_workers: int) -> None:
+    with DecodeWorkers(decoder(), num_workers) as workers:
+        results = list(workers.map(rows({}, {"does": "no memory"}, {})))
+    assert kinds(results) == ["decoded", "worker_killed", "decoded"]
+
+
+def test_a_row_that_finds_no_memory_is_tried_again(tmp_path: Path) -> None:
+    with DecodeWorkers(decoder(), 1) as workers:
+        results = list(workers.map(rows({}, {"does": "no memory once", "flag": str(tmp_path / "flag")}, {})))
+    assert kinds(results) == ["decoded"] * 3
+    assert (tmp_path / "flag").exists()
+
+
 def simple_decoder(row: Row) -> DecodedRow | RejectedRow:
     """What the row's `does` says, in the decoder itself; frames of `bytes` bytes and the worker's process id."""
     values = row.values
@@ -218,6 +242,8 @@ def simple_decoder(row: Row) -> DecodedRow | RejectedRow:
             os.kill(os.getpid(), signal.SIGKILL)
         case "note":
             Path(values["flag"]).write_text(str(os.getpid()))
+        case "wait":
+            wait_for(Path(values["flag"]).exists, timeout_seconds=60.0)
     return DecodedRow(
         row=row.index,
         source_file=row.source_file,
@@ -283,6 +309,108 @@ def test_results_larger_than_the_bound_come_one_at_a_time(monkeypatch: pytest.Mo
         results = [result for _, result in workers.map(rows(*[{"bytes": 300_000} for _ in range(10)]))]
     assert [result.row for result in results] == list(range(100, 110))
     assert [int(pixels.mean()) for pixels in pixels_of(results)] == list(range(10))
+
+
+class Counted:
+    """Iterates over `items`, and tells how many were asked for."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.count = 0
+        self._items = iter(items)
+
+    def __iter__(self) -> Counted:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._items)
+        self.count += 1
+        return item
+
+
+def in_thread(results: Iterator[tuple[Any, DecodedRow | RejectedRow]]) -> Future[list[int]]:
+    """The row numbers of the results, all of which a thread waits for."""
+    return ThreadPoolExecutor(1).submit(lambda: [result.row for _, result in results])
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "taken"), [(10_000_000, 9), (3_000_000, 3), (1, 2)], ids=["ten", "three", "one a worker"]
+)
+def test_rows_that_wait_for_workers_are_bounded_in_bytes(
+    max_bytes: int, taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_workers, "_ROW_BYTES", max_bytes)
+    flag = tmp_path / "flag"
+    struct = {"media": {"bytes": b"x" * 600_000, "parts": [b"x" * 300_000, b"x" * 300_000]}}
+    source = Counted(rows(*[{"does": "wait", "flag": str(flag), **struct} for _ in range(12)]))
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        done = in_thread(workers.map(source))
+        wait_for(lambda: source.count == taken and len(workers._exchange._busy) == 2, timeout_seconds=60.0)
+        time.sleep(0.2)  # in which it could go on
+        assert source.count == taken
+        flag.touch()
+        assert done.result(60) == list(range(100, 112))
+
+
+@pytest.mark.parametrize("rows_of_group", [1, 12])
+def test_workers_have_rows_while_the_caller_waits_for_another(
+    rows_of_group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row ends when the last one is done."""
+    monkeypatch.setattr(decode_workers, "_ROW_BYTES", 1)
+    flag = str(tmp_path / "flag")
+    all_rows = rows({"does": "wait", "flag": flag}, *[{} for _ in range(10)], {"does": "note", "flag": flag})
+    groups = [all_rows[start : start + rows_of_group] for start in range(0, 12, rows_of_group)]
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        assert in_thread(workers.map_groups(groups)).result(60) == list(range(100, 112))
+
+
+def test_order_is_kept_whatever_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_workers, "_ROW_BYTES", 20_000)
+    monkeypatch.setattr(decode_workers, "_RUN_AHEAD_BYTES", 200_000)
+    random = Random(0)
+    all_rows = rows(
+        *[
+            {"value": 0, "bytes": random.choice([3, 3_000, 300_000]), "media": bytes(random.choice([1, 1_000, 30_000]))}
+            for _ in range(300)
+        ]
+    )
+    bounds = [0, *sorted(random.sample(range(1, 300), 40)), 300]
+    groups = [all_rows[start:stop] for start, stop in pairwise(bounds)]
+    with DecodeWorkers(simple_decoder, 3) as workers:
+        assert in_thread(workers.map_groups(groups)).result(60) == list(range(100, 400))
+
+
+def test_another_group_is_asked_for_once_a_worker_has_nothing_to_do(tmp_path: Path) -> None:
+    flags = [tmp_path / str(number) for number in range(12)]
+    all_rows = rows(*[{"does": "wait", "flag": str(flag)} for flag in flags])
+    groups = Counted([all_rows[:4], all_rows[4:8], all_rows[8:]])
+    with DecodeWorkers(simple_decoder, 2) as workers:
+        done = in_thread(workers.map_groups(groups))
+        wait_for(lambda: len(workers._exchange._busy) == 2, timeout_seconds=60.0)
+        time.sleep(0.2)  # in which it could ask
+        assert groups.count == 1
+        for flag in flags[1:4]:
+            flag.touch()
+        wait_for(lambda: groups.count > 1, timeout_seconds=60.0)
+        time.sleep(0.2)
+        assert groups.count == 2
+        for flag in flags:
+            flag.touch()
+        assert done.result(60) == list(range(100, 112))
+
+
+def test_a_caller_that_is_busy_has_the_next_group_decoded_only_for_its_last_rows() -> None:
+    all_rows = rows(*[{} for _ in range(24)])
+    groups = Counted([all_rows[:8], all_rows[8:16], all_rows[16:]])
+    with DecodeWorkers(simple_decoder, 1) as workers:
+        results = workers.map_groups(groups)
+        for _ in range(7):
+            next(results)
+            assert groups.count == 1
+        wait_for(workers._exchange.has_idle_worker)
+        next(results)
+        assert groups.count == 2
+        assert [result.row for _, result in results] == list(range(108, 124))
 
 
 def test_a_worker_killed_while_it_sends_a_large_result_costs_nothing(
