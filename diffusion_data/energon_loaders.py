@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.energon.worker import WorkerConfig
 
 from diffusion_data.errors import UserError
 from diffusion_data.parallel_ranks import DataParallel, any_rank
+from diffusion_data.shared_batch import SharedBatch
 from diffusion_data.skip_counts import SkipCounts, all_skipped
 
 logger = logging.getLogger(__name__)
@@ -192,8 +194,8 @@ def use_pinned_memory(loader: torch.utils.data.DataLoader[Any], wanted: bool) ->
 
 
 def pass_batches_on(loader: torch.utils.data.DataLoader[Any]) -> None:
-    """torch looks through each batch for arrays to convert, which costs more than copying a picture's latent."""
-    loader.collate_fn = _as_it_is
+    """torch looks through each batch for arrays to convert, and sends each tensor by itself; both take long."""
+    loader.collate_fn = _as_it_is if loader.num_workers == 0 else _in_one_piece
 
 
 def iterate_directly(loader: torch.utils.data.DataLoader[Any]) -> None:
@@ -205,6 +207,12 @@ def iterate_directly(loader: torch.utils.data.DataLoader[Any]) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _in_one_piece(item: tuple[int, int, Any]) -> tuple[int, int, Any]:
+    """What energon gives in a worker: its number, the batch's, and the batch."""
+    worker, number, batch = item
+    return worker, number, SharedBatch.of(batch) if type(batch) is dict else batch
 
 
 def usable_workers(num_workers: int, num_samples: int, data_parallel_size: int, split: str) -> int:
@@ -237,7 +245,9 @@ def log_sample_error(error: Exception, sample: Any, _sources: Any = None) -> Non
 def _clear_errors(loader: Any) -> Iterator[Batch]:
     """The loader's batches; its workers' tracebacks are reduced to what the user can act on."""
     try:
-        yield from loader
+        with closing(iter(loader)) as batches:  # which ends the workers of a stream that is closed
+            for batch in batches:
+                yield batch.batch() if isinstance(batch, SharedBatch) else batch
     except UserError as error:
         # A worker's error arrives as text: its traceback, of which the last line is the message.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None

@@ -28,6 +28,7 @@ ONLINE = {
     "latent_scaling",
     "late_reading",
     "lean_stages",
+    "shared_batch",
     "loader_state",
     "packed_layout",
     "packing",
