@@ -75,7 +75,7 @@ class DiffusionDataModule(LightningDataModule):
     task_encoder: None for a BasicDiffusionTaskEncoder
     use_train_split_for_val: validate on the train split: one pass, in order
     shuffle_buffer_size: samples a worker draws from at random; larger mixes better. Of local datasets only numbers
-        are kept, so that it may be many thousands
+        are kept, so that it may be many thousands; of a metadataset's blend_epochized, whole samples
     read_ahead: samples read before they are wanted, by as many threads a worker; 0 reads them when they are. More of
         them help a disk or network that is slow to answer. Has no effect on the order
     virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
