@@ -50,13 +50,11 @@ class Metrics(Callback):
         resolved_config: str,
         every_n_steps: int,
         throughput: Throughput,
-        stream: TextIO = sys.stderr,
     ) -> None:
         self._output_dir = output_dir
         self._throughput = throughput
         self._resolved_config = resolved_config
         self._every_n_steps = every_n_steps
-        self._stream = stream
         self._rows: list[dict[str, Any]] = []
         self._losses_on_device: list[torch.Tensor] = []
         self._started = 0.0
@@ -77,7 +75,7 @@ class Metrics(Callback):
             if trainer.limit_val_batches:
                 _keep_rows(self._output_dir / VALIDATION_FILE, VALIDATION_COLUMNS, until_step=trainer.global_step)
             self._tensorboard = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=trainer.global_step + 1)
-            self._progress = _Progress(trainer.global_step, trainer.max_steps, self._stream)
+            self._progress = _Progress(trainer.global_step, trainer.max_steps, sys.stderr)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
