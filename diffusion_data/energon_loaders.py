@@ -70,8 +70,8 @@ class TrainLoader:
                 self._stream = _clear_errors(self.loader)
             try:
                 batch = next(self._stream)
-            except Exception:
-                self._stream = None  # a generator that raised is at its end
+            except Exception:  # raised again; a generator that raised is at its end
+                self._stream = None
                 raise
             self.batches_done = (self.batches_done + 1) % self._length
             self._batches_since_report += 1

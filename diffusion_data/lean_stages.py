@@ -93,7 +93,7 @@ def _call(
     numbers.append(number)
     try:
         result = function(argument)
-    except Exception:
+    except Exception:  # raised again to energon, which leaves the sample out or ends the stream
         with errors.handle_errors(argument):
             raise
         return None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from megatron.energon import SavableDataset, SkipSample, WorkerConfig, stateless
 from megatron.energon.errors import FatalSampleError
 from megatron.energon.wrappers import BatchDataset, MapDataset
 
+from diffusion_data.errors import UserError
 from diffusion_data.lean_stages import LeanBatch, LeanMap, lean
+from tests.datamodules import module
+from tests.tiny_dataset import tiny_sample, write_dataset
 
 
 def worker(handler: Any = None) -> WorkerConfig:
@@ -164,3 +168,15 @@ def test_workers_that_are_not_forked_get_the_functions() -> None:
     again = pickle.loads(pickle.dumps(dataset.map_fn))
     assert again.first({"value": 1}) == {"value": 11}
     assert again.second is without_threes
+
+
+def test_a_place_saved_by_other_stages_is_refused_in_words(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
+    data = module(folder)
+    next(iter(data.train_dataloader()))
+    state = data.state_dict()
+    del state["settings"]["stages_version"]  # as before there was one
+    resumed = module(folder)
+    resumed.load_state_dict(state)
+    with pytest.raises(UserError, match="stages_version was None, now 1"):
+        resumed.train_dataloader()
