@@ -31,7 +31,8 @@ def padded_batch(samples: Sequence[DiffusionSample], *, length: int, text_length
         write_patches(video[row, :patches], positions[row, :patches], sample)
         if text.data_ptr() != sample.text_and_room.data_ptr():
             text[row, :tokens] = sample.t5_text_embeddings
-        text[row, tokens:] = 0
+        if tokens < text_length:
+            text[row, tokens:] = 0
         if patches < length:
             video[row, patches:] = 0
             positions[row, patches:] = 0
@@ -74,8 +75,8 @@ def per_sample_values(samples: Sequence[DiffusionSample]) -> dict[str, Any]:
 def mask_of(lengths: Sequence[int], longest: int) -> torch.Tensor:
     """bfloat16 (B, longest): 1 for the first of each row."""
     bits = np.zeros((len(lengths), longest), np.int16)
-    for row, length in zip(bits, lengths, strict=True):
-        row[:length] = _ONE_AS_BFLOAT16
+    for row, length in enumerate(lengths):
+        bits[row, :length] = _ONE_AS_BFLOAT16
     return torch.from_numpy(bits).view(torch.bfloat16)
 
 

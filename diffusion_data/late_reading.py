@@ -14,7 +14,6 @@ from __future__ import annotations
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -26,7 +25,8 @@ from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
-from diffusion_data.sample_reader import LocalTarReader, Place, local_reader
+from diffusion_data.open_shards import Place
+from diffusion_data.sample_reader import LocalTarReader, local_reader
 
 _SAMPLES_FOR_THREADS = 1000  # before memory is tried again, which costs a wait for the disk if it is in vain
 
@@ -97,55 +97,47 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
 
     def __iter__(self) -> Iterator[RawSampleData]:
         self._coming.worker_start()
-        if self.read_ahead == 0 and not self._coming.buffer:
-            if self._emptying:  # saved, by a run that read ahead, when the last sample of a pass had been given
-                self._emptying = False
-                return
-            yield from filter(_is_wanted, map(self._read, self.dataset))
-            return
         threads = ReadThreads(max(1, self.read_ahead))
         try:
-            yield from filter(_is_wanted, self._read_by(threads))
+            yield from filter(_is_wanted, self._read_all(threads))
         finally:
             threads.close()
 
-    def _read_by(self, threads: ReadThreads) -> Iterator[RawSampleData]:
-        """In the order of `_coming`, which holds those that are due next."""
-        due = deque[_Due]()
+    def _read_all(self, threads: ReadThreads) -> Iterator[RawSampleData]:
+        """In order. `_coming` holds the samples that threads read, `places` where they stand."""
+        order = iter(()) if self._emptying else iter(self.dataset)
+        places = deque[Place | None]()
         for_threads = 0  # so many samples more are left to them
 
-        def begin(sample: RawSampleData) -> None:
-            nonlocal for_threads
-            due.append(_Due(self.reader.place_of(_number(sample))))
-            if for_threads:
-                for_threads -= 1
-                due[-1].leave_to(threads)
+        def leave_to_threads(sample: RawSampleData) -> None:
+            place = self.reader.place_of(_number(sample))
+            places.append(place)
+            threads.begin(_nothing if place is None else place.read)
 
         for sample in self._coming:  # none but after a resume
-            begin(sample)
-        coming = self._coming.append_iter()
+            leave_to_threads(sample)
         while True:
-            while not self._emptying and len(due) < max(1, self.read_ahead):
-                following = next(coming, None)
+            while for_threads and not self._emptying and len(places) < self.read_ahead:
+                following = next(order, None)
                 if following is None:
                     self._emptying = True
                 else:
-                    begin(following)
-            if not due:
-                break
-            block = None if due[0].is_left_to_threads else due[0].read_from_memory()
-            if block is None:
-                if not due[0].is_left_to_threads:
-                    for_threads = _SAMPLES_FOR_THREADS
-                    for each in due:
-                        each.leave_to(threads)
+                    for_threads -= 1
+                    leave_to_threads(self._coming.append(following))
+            if places:
                 block = threads.next()
-            yield self._complete(self._coming.pop(0), due.popleft().place, block)
+                yield self._complete(self._coming.pop(0), places.popleft(), block)
+                continue
+            following = next(order, None)
+            if following is None:
+                break
+            place = self.reader.place_of(_number(following))
+            block = None if place is None else place.read_from_memory()
+            if block is None and place is not None:
+                block = place.read()
+                for_threads = _SAMPLES_FOR_THREADS
+            yield self._complete(following, place, block)
         self._emptying = False
-
-    def _read(self, sample: RawSampleData) -> RawSampleData:
-        place = self.reader.place_of(_number(sample))
-        return self._complete(sample, place, None if place is None else place.read())
 
     def _complete(self, sample: RawSampleData, place: Place | None, block: memoryview | None) -> RawSampleData:
         number = _number(sample)
@@ -159,25 +151,12 @@ class LateReader(BaseWrapperDataset[RawSampleData, RawSampleData]):
         return sample
 
     def restore_sample(self, restore_key: Any) -> RawSampleData:
-        return self._read(self.dataset.restore_sample(restore_key))
+        sample = self.dataset.restore_sample(restore_key)
+        place = self.reader.place_of(_number(sample))
+        return self._complete(sample, place, None if place is None else place.read())
 
     def config(self) -> dict[str, Any]:
         return self.dataset.config()
-
-
-@dataclass(slots=True)
-class _Due:
-    """A sample that comes next, but for those before it; place: None if there is none."""
-
-    place: Place | None
-    is_left_to_threads: bool = False
-
-    def leave_to(self, threads: ReadThreads) -> None:
-        threads.begin(_nothing if self.place is None else self.place.read)
-        self.is_left_to_threads = True
-
-    def read_from_memory(self) -> memoryview | None:
-        return None if self.place is None else self.place.read_from_memory()
 
 
 class _Unread:

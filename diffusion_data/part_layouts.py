@@ -44,11 +44,13 @@ class _Layout:
         return True
 
     def read(self, raw: memoryview) -> Any:
-        """The values: in place if `raw` may be written to, else a copy, since readers get what they may change."""
-        values: Any = bytearray(raw[self.start : self.stop]) if raw.readonly else raw[self.start : self.stop]
+        """The values: a tensor of its own, since tensors can't tell that they mustn't be changed; an array in place."""
+        values = raw[self.start : self.stop]
         if isinstance(self.dtype, torch.dtype):
-            return torch.frombuffer(values, dtype=self.dtype).view(self.shape)
-        return np.frombuffer(values, dtype=self.dtype).reshape(self.shape)
+            return torch.frombuffer(bytearray(values), dtype=self.dtype).view(self.shape)
+        array = np.frombuffer(values, dtype=self.dtype).reshape(self.shape)
+        array.setflags(write=False)
+        return array
 
 
 class PartLayouts:

@@ -6,6 +6,7 @@ S = (T/pt) * (H/ph) * (W/pw). Patches run over time, then rows, then columns; wi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ import torch
 from einops import rearrange
 
 _PATCH_ORDER = "C (T pt) (H ph) (W pw) -> (T H W) (ph pw pt C)"
+_LARGE = 1 << 18  # numbers; of fewer, two steps that are fast take longer than a slow one
 _LATENT_ORDER = "(T H W) (ph pw pt C) -> C (T pt) (H ph) (W pw)"
 
 
@@ -23,18 +25,46 @@ def patchify(latent: torch.Tensor, patch_spatial: int, patch_temporal: int) -> t
 
 
 def patchify_into(patches: torch.Tensor, latent: torch.Tensor, patch_spatial: int, patch_temporal: int) -> None:
-    """`patchify`, written to `patches`, in one pass over the values. For the CPU, where numpy is the faster copier."""
+    """`patchify`, written to `patches`. For the CPU, where numpy is the faster copier."""
     channels, frames, height, width = latent.shape
     rows, columns = height // patch_spatial, width // patch_spatial
     times = frames // patch_temporal
     if latent.dtype != patches.dtype or latent.element_size() != 2 or not patches.is_contiguous():
         patches.copy_(patchify(latent, patch_spatial, patch_temporal))
         return
-    source = latent.view(torch.int16).numpy()  # numpy has no bfloat16, and a copy needs none
-    source = source.reshape(channels, times, patch_temporal, rows, patch_spatial, columns, patch_spatial)
+    # numpy has no bfloat16, and a copy needs none.
     target = patches.view(torch.int16).numpy()
     target = target.reshape(times, rows, columns, patch_spatial, patch_spatial, patch_temporal, channels)
+    if latent.numel() >= _LARGE and patch_spatial % 2 == 0 and sys.byteorder == "little":
+        _patch_pairs(target, latent.contiguous())
+        return
+    source = latent.view(torch.int16).numpy()
+    source = source.reshape(channels, times, patch_temporal, rows, patch_spatial, columns, patch_spatial)
     np.copyto(target, source.transpose(1, 3, 5, 4, 6, 2, 0))
+
+
+def _patch_pairs(target: np.ndarray, latent: torch.Tensor) -> None:
+    """Move neighbours of a row in pairs to where the channels come last, and take the pairs apart in a second step.
+
+    Both are done in vectors, and take less time together than numbers of 16 bits one by one.
+    """
+    times, rows, columns, patch_spatial, _, patch_temporal, channels = target.shape
+    last = _channels_last(latent.view(torch.float32).view(channels, -1)).view(torch.int32).numpy()
+    pairs = last.reshape(times, patch_temporal, rows, patch_spatial, columns, patch_spatial // 2, channels)
+    pairs = pairs.transpose(0, 2, 4, 3, 5, 1, 6)
+    np.copyto(target[:, :, :, :, 0::2], pairs, casting="unsafe")
+    np.copyto(target[:, :, :, :, 1::2], pairs >> 16, casting="unsafe")
+
+
+def _channels_last(values: torch.Tensor) -> torch.Tensor:
+    """float32 (C, N) -> (N, C), the bits as they are.
+
+    Shuffling the channels of a picture of one pixel is a transpose, the one that torch does in vectors: a fourth of the
+    time of a copy with other strides.
+    """
+    size = values.numel()
+    pixel = values.as_strided((1, size, 1, 1), (size, 1, size, size))
+    return torch.channel_shuffle(pixel, len(values)).as_strided((size // len(values), len(values)), (len(values), 1))
 
 
 def unpatchify(

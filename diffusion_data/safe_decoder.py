@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from megatron.energon import SampleDecoder
 
 from diffusion_data.array_pickle import load_array_pickle, load_saved_tensor
@@ -45,7 +46,7 @@ _LAYOUTS: dict[Callable[[bytes], Any], PartLayouts] = {
 def decode_part(name: str, raw: bytes | memoryview) -> Any:
     """The value of one part; bytes where the name's extension is none of ours.
 
-    Tensors and arrays can be written to. They share the memory of `raw` if that can be written to.
+    A tensor is the caller's own. An array is read-only: it may share the memory of `raw`.
 
     Raises:
         ValueError: the part is broken, or holds more than arrays, tensors or json.
@@ -67,6 +68,8 @@ def decode_part(name: str, raw: bytes | memoryview) -> Any:
         raise ValueError(f"part {name!r} is refused: {type(error).__name__}: {first_line}") from error
     if layouts is not None:
         layouts.learn(content, value)
+    if isinstance(value, np.ndarray):
+        value.setflags(write=False)
     return value
 
 

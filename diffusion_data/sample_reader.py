@@ -1,4 +1,4 @@
-"""Sample number -> its parts as memoryviews into one buffer: local tars read with one system call a sample.
+"""Sample number -> its parts as memoryviews into one stretch of a local tar (`open_shards`).
 
 energon reads a tar's members through tarfile and a client for object stores, which copies each part several times and
 measures every read of 512 bytes. For local files neither is needed: energon's index tells where a sample begins
@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import tarfile
+import zlib
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
-from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX, ITarFile
+from megatron.energon.flavors.webdataset.itar import ITarFile
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.source_info import SourceInfo
 
-_MOST_OPEN_SHARDS = 64  # of a process; more than energon reads from at a time: a shuffle buffer reaches back
+from diffusion_data.open_shards import OpenShards, Place
+
 _BLOCK = 512  # bytes of a tar header; contents are filled up to a multiple
 _SPACE = ord(" ")  # what each byte of the checksum counts as
 # Plain: a file in the format of POSIX without extensions, with names in ASCII, owned by no matter whom. Anything else,
@@ -38,8 +34,9 @@ _PLAIN_HEADER = re.compile(
     rb"(?=([\x01-\x7f]{155}|[\x01-\x7f]{0,154}(?=\0))).{155}.{12}",  # prefix
     re.DOTALL,
 )
-_OFFSETS = struct.Struct("<2Q")  # where a sample begins and where the next one does
-_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux only
+_ADLER_PRIME = 65521
+
+_open_shards = OpenShards()  # of all readers of this process: a blend has many datasets
 
 
 def local_reader(reader: Any) -> LocalTarReader | None:
@@ -56,7 +53,7 @@ def local_reader(reader: Any) -> LocalTarReader | None:
 
 
 class LocalTarReader(ShardInfosITarReader):
-    """energon's reader of indexed tars; parts are memoryviews that can be written to, instead of bytes."""
+    """energon's reader of indexed tars; parts are memoryviews instead of bytes."""
 
     def __del__(self) -> None:
         _open_shards.close_all_of(id(self))
@@ -78,7 +75,7 @@ class LocalTarReader(ShardInfosITarReader):
         tar = self.shard_tar_file_idxs[shard_number]
         shard = _open_shards.get((id(self), tar))
         if shard is None:
-            shard = _open_shards.add((id(self), tar), _Shard(self.tar_filepaths[tar].local_path()))
+            shard = _open_shards.open((id(self), tar), self.tar_filepaths[tar].local_path())
         return shard.place(index - self.shard_count_cumsum[shard_number], self.tar_filenames[tar])
 
     def sample_of(self, index: int, place: Place | None, block: memoryview | None) -> Any:
@@ -122,96 +119,6 @@ def _open_member(tar: ITarFile, member: tarfile.TarInfo) -> tarfile.ExFileObject
     return tarfile.ExFileObject(tar, member)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A sample in an open shard, from byte `begin` to byte `end` of it; both are -1 where the index has none."""
-
-    shard: _Shard
-    shard_name: str
-    begin: int
-    end: int
-
-    def read(self) -> memoryview | None:
-        """Headers and contents, with one system call; None if they aren't where they should be. In any thread."""
-        return self.shard.read(self.begin, self.end)
-
-    def read_from_memory(self) -> memoryview | None:
-        """What `read` gives; None if that would have to wait for a disk or network."""
-        return self.shard.read_from_memory(self.begin, self.end)
-
-
-class _Shard:
-    """A tar and its index, open. Reads name their offset, so that forked workers may share it."""
-
-    def __init__(self, tar: Path) -> None:
-        self._tar = os.open(tar, os.O_RDONLY)
-        self._index = os.open(tar.with_suffix(ITAR_SUFFIX), os.O_RDONLY)
-        self._num_bytes = os.fstat(self._tar).st_size
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        for name in ("_tar", "_index"):
-            if name in self.__dict__:  # not if opening failed
-                close(self.__dict__[name])
-
-    def place(self, number: int, shard_name: str) -> Place:
-        """Of the sample of that number in this shard."""
-        offsets = os.pread(self._index, _OFFSETS.size, _OFFSETS.size // 2 * number)
-        begin, end = _OFFSETS.unpack(offsets) if len(offsets) == _OFFSETS.size else (-1, -1)
-        return Place(self, shard_name, *((begin, end) if begin <= end <= self._num_bytes else (-1, -1)))
-
-    def read(self, begin: int, end: int) -> memoryview | None:
-        """The bytes [begin, end); None if the tar doesn't have all of them."""
-        if begin < 0:
-            return None
-        block, done = _block(end - begin), 0
-        while done < len(block):
-            count = os.preadv(self._tar, [block[done:]], begin + done)
-            if count <= 0:
-                return None
-            done += count
-        return block
-
-    def read_from_memory(self, begin: int, end: int) -> memoryview | None:
-        """`read`, if the system holds all of these bytes in memory, as it does what was written or read lately."""
-        if begin < 0 or _NOWAIT is None:
-            return None
-        block = _block(end - begin)
-        try:
-            return block if os.preadv(self._tar, [block], begin, _NOWAIT) == len(block) else None
-        except OSError:  # it would have to wait, or this file system can't tell; an error comes again with `read`
-            return None
-
-
-class _OpenShards:
-    """Those that were used last, by (reader, number), of all readers of this process: a blend has many datasets."""
-
-    def __init__(self) -> None:
-        self._shards: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
-
-    def get(self, key: tuple[int, int]) -> _Shard | None:
-        shard = self._shards.get(key)
-        if shard is not None:
-            self._shards.move_to_end(key)
-        return shard
-
-    def add(self, key: tuple[int, int], shard: _Shard) -> _Shard:
-        self._shards[key] = shard
-        if len(self._shards) > _MOST_OPEN_SHARDS:
-            self._shards.popitem(last=False)
-        return shard
-
-    def close_all_of(self, reader: int) -> None:
-        for key in [key for key in self._shards if key[0] == reader]:
-            del self._shards[key]
-
-
-_open_shards = _OpenShards()
-
-
-def _block(size: int) -> memoryview:
-    return memoryview(np.empty(size, np.uint8).data)  # not a bytearray, which would be filled with zeros first
-
-
 def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:
     """Names and contents of the files in a stretch of a tar; None if it holds anything but plain files."""
     members = []
@@ -222,7 +129,7 @@ def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:
         if matched is None:
             return None
         name, size, checksum, prefix = matched.groups()
-        if sum(header) - sum(checksum) + len(checksum) * _SPACE != int(checksum.rstrip(b"\0 "), 8):
+        if not _adds_up(header, checksum):
             return None
         start = position + _BLOCK
         stop = start + int(size, 8)
@@ -231,3 +138,12 @@ def _members(content: memoryview) -> list[tuple[str, memoryview]] | None:
         members.append(((prefix + b"/" + name if prefix else name).decode(), content[start:stop]))
         position = start + -((start - stop) // _BLOCK) * _BLOCK
     return members
+
+
+def _adds_up(header: bytes, checksum: bytes) -> bool:
+    """True if the header's bytes sum up to what its checksum says, the checksum itself counted as spaces.
+
+    The lower half of zlib's adler32 is 1 and the sum of the bytes, modulo a prime, several times as fast as `sum`.
+    """
+    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(checksum) + len(checksum) * _SPACE
+    return (total - int(checksum.rstrip(b"\0 "), 8)) % _ADLER_PRIME == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import threading
+
 import numpy as np
 import torch
 
-from diffusion_data.latent_sample import all_finite
-
-_ROWS_AT_A_TIME = 256  # what lies between float16 and bfloat16 stays in the cache
+_VALUES_A_THREAD = 1 << 18  # as float32, what a core's cache holds
 
 
 def convert_finite(target: torch.Tensor, source: np.ndarray) -> bool:
@@ -15,11 +16,37 @@ def convert_finite(target: torch.Tensor, source: np.ndarray) -> bool:
 
     Over float32, since torch converts one half to the other value by value, but both to and from float32 in vectors.
     """
-    rows = torch.from_numpy(source)
-    between = torch.empty(min(_ROWS_AT_A_TIME, len(source)), source.shape[1])
-    for start in range(0, len(source), _ROWS_AT_A_TIME):
-        some = rows[start : start + _ROWS_AT_A_TIME]
-        count = some.shape[0]
-        target[start : start + count].copy_(between[:count].copy_(some))
-    # Not of the source, which need not be aligned: numpy would copy it first.
-    return all_finite(target[: len(source)])
+    width = source.shape[1]
+    rows = _as_tensor(source)
+    rows_at_a_time = max(1, _VALUES_A_THREAD * torch.get_num_threads() // width)
+    between = _scratch(min(rows_at_a_time, len(source)) * width).view(-1, width)
+    total = 0.0
+    for start in range(0, len(source), rows_at_a_time):
+        some = rows[start : start + rows_at_a_time]
+        values = between[: len(some)].copy_(some)
+        target[start : start + len(some)] = values
+        # NaN and infinity stay what they are in a sum, and halves are too small for theirs to become infinite.
+        total += values.sum().item()
+    return math.isfinite(total)
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array, only to be read: torch warns of those that mustn't be written to, since a tensor can't tell."""
+    if not array.flags.writeable:
+        array = array.view()
+        try:
+            array.setflags(write=True)
+        except ValueError:  # its memory can't be written to at all
+            array = array.copy()
+    return torch.from_numpy(array)
+
+
+_kept = threading.local()
+
+
+def _scratch(size: int) -> torch.Tensor:
+    """float32 (size,) for this thread's next use. New memory would cost as much as a conversion: a fault each page."""
+    values: torch.Tensor | None = getattr(_kept, "values", None)
+    if values is None or len(values) < size:
+        values = _kept.values = torch.empty(size)
+    return values[:size]

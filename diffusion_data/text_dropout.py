@@ -44,7 +44,7 @@ def read_empty_caption(folders: Sequence[DatasetFolder]) -> torch.Tensor:
         file = folder.path / EMPTY_CAPTION_FILE
         if file.is_file():
             try:
-                embedding = np.asarray(decode_part(file.name, file.read_bytes()), dtype=np.float32)
+                embedding = np.array(decode_part(file.name, file.read_bytes()), dtype=np.float32)
                 if embedding.ndim != 2 or len(embedding) == 0 or not np.isfinite(embedding).all():
                     raise ValueError(f"expected finite numbers (L, E), got {embedding.shape}")
             except (ValueError, TypeError) as error:

@@ -96,7 +96,7 @@ def details(key: str, parts: Mapping[str, bytes]) -> Iterator[str]:
 def statistics(value: Any) -> str:
     if not isinstance(value, torch.Tensor | np.ndarray) or 0 in value.shape:
         return ""
-    values = torch.as_tensor(value).double()
+    values = torch.tensor(value, dtype=torch.float64) if isinstance(value, np.ndarray) else value.double()
     return (
         f", from {values.min():.3f} to {values.max():.3f}, mean {values.mean():.3f}, std {values.std(correction=0):.3f}"
     )

@@ -30,6 +30,7 @@ ONLINE = {
     "lean_stages",
     "shared_batch",
     "loader_state",
+    "open_shards",
     "packed_layout",
     "packing",
     "parallel_ranks",

@@ -61,20 +61,19 @@ def test_an_array_like_one_read_before_is_read_without_pickle(shape, protocol):
         return
     assert read.dtype == np.float16
     np.testing.assert_array_equal(read, second)
-    read += 1
-    np.testing.assert_array_equal(read, second + np.float16(1))
+    with pytest.raises(ValueError, match="read-only"):
+        read += 1
 
 
-def test_values_stay_where_they_are_if_they_may_be_written_to():
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_tensor_is_the_readers_own_and_an_array_stays_where_it_is(kind):
     tensor, array = random_tensor(0), random_array(0)
-    buffer = bytearray(saved(tensor))
-    read = taught((saved(tensor), tensor)).read(memoryview(buffer))
-    read.zero_()
-    assert torch.equal(torch.load(io.BytesIO(bytes(buffer)), weights_only=True), torch.zeros_like(tensor))
-    buffer = bytearray(pickle.dumps(array))
+    buffer = kind(saved(tensor))
+    taught((saved(tensor), tensor)).read(memoryview(buffer)).zero_()
+    assert buffer == saved(tensor)
+    buffer = kind(pickle.dumps(array))
     read = taught((pickle.dumps(array), array)).read(memoryview(buffer))
-    read[:] = 0
-    assert not pickle.loads(bytes(buffer)).any()
+    assert np.shares_memory(read, np.frombuffer(buffer, np.uint8))
 
 
 def test_constant_and_repeating_values_are_found_at_their_place():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusion_data.patchify import patchify, patchify_into, position_ids_3d, sequence_length, unpatchify
+from diffusion_data.patchify import _LARGE, patchify, patchify_into, position_ids_3d, sequence_length, unpatchify
 
 
 def test_patch_order_is_time_rows_columns_and_within_a_patch_rows_columns_time_channels():
@@ -38,6 +38,19 @@ def test_patches_written_in_place_are_the_same(patch_spatial, patch_temporal, dt
         converted = torch.empty(expected.shape, dtype=torch.float64)
         patchify_into(converted, latent, patch_spatial, patch_temporal)
         assert torch.equal(converted, expected.double())
+
+
+@pytest.mark.parametrize("patch_temporal", [1, 2])
+@pytest.mark.parametrize("patch_spatial", [1, 2, 4])
+def test_patches_of_large_latents_are_the_same_bit_by_bit(patch_spatial, patch_temporal):
+    every_pattern = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).repeat(6)  # also NaN and -0
+    whole = every_pattern[torch.randperm(len(every_pattern))].view(torch.bfloat16).view(3, 8, 128, 128)
+    for latent in (whole, whole[:, 2:], whole.transpose(2, 3)):
+        assert latent.numel() >= _LARGE
+        expected = patchify(latent, patch_spatial, patch_temporal)
+        patches = torch.empty(expected.shape, dtype=torch.bfloat16)
+        patchify_into(patches, latent, patch_spatial, patch_temporal)
+        assert torch.equal(patches.view(torch.int16), expected.contiguous().view(torch.int16))
 
 
 def test_sequence_length_counts_patches():

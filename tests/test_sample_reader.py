@@ -11,12 +11,13 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 
-from diffusion_data.sample_reader import LocalTarReader
+from diffusion_data.sample_reader import LocalTarReader, _adds_up
 from tests.tiny_dataset import tiny_sample, write_dataset, write_raw_dataset
 
 
@@ -158,6 +159,22 @@ def test_damaged_tars_fail_as_with_energon(tmp_path, damage):
     assert any(isinstance(found, type) for found in failures)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_checksums_are_those_of_tarfile(seed):
+    noise = np.random.default_rng(seed)
+    for _ in range(50):
+        header = bytearray(noise.bytes(512))
+        if seed == 0:
+            header = bytearray(b"\xff" * 512)  # the largest sum
+        header[148:156] = b" " * 8
+        expected = sum(header)
+        for claimed in (expected, expected + 1, expected - 65536, expected + 65536):
+            if claimed >= 0:
+                stated = f"{claimed:06o}\0 ".encode()
+                header[148:156] = stated
+                assert _adds_up(bytes(header), stated) == (claimed == expected)
+
+
 def sparse(member: tarfile.TarInfo) -> None:
     """512 bytes of holes by the headers, which might as well say a terabyte."""
     if member.name.endswith(".json"):
@@ -189,7 +206,7 @@ def test_files_are_closed_with_their_readers_and_kept_few(ten, monkeypatch):
         return [number for number in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{number}")]
 
     gc.collect()  # what other tests left
-    monkeypatch.setattr("diffusion_data.sample_reader._MOST_OPEN_SHARDS", 2)
+    monkeypatch.setattr("diffusion_data.open_shards.MOST_OPEN", 2)
     before = open_files()
     two_readers = [readers(ten)[1] for _ in range(2)]
     for index in range(10):
@@ -206,53 +223,3 @@ def test_energons_reader_has_the_fields_that_are_copied(ten):
     for name in ("base_path", "shard_infos", "part_filter", "itar_cache_size", "sample_filter", "shard_count_cumsum"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert dataclasses.asdict(theirs.shard_infos[0])["count"] == 4
-
-
-def test_a_sample_just_written_is_in_memory(tmp_path):
-    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
-    _, reader = readers(folder)
-    places = [reader.place_of(index) for index in range(3)]
-    for place in places:
-        assert place is not None
-        assert place.read_from_memory() == place.read()
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system can't be told to forget a file")
-def test_a_sample_that_the_system_forgot_is_not_in_memory_and_is_after_reading(tmp_path):
-    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
-    _, reader = readers(folder)
-    place = reader.place_of(1)
-    assert place is not None
-    with (folder / "shard_000000.tar").open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if place.read_from_memory() is not None:
-        pytest.skip("this file system keeps its files in memory")
-    block = place.read()
-    assert block is not None
-    assert place.read_from_memory() == block
-
-
-def test_where_the_system_cannot_tell_nothing_is_in_memory(tmp_path, monkeypatch):
-    folder = write_dataset(tmp_path / "ds", [tiny_sample(row) for row in range(3)])
-    _, reader = readers(folder)
-    place = reader.place_of(1)
-    assert place is not None
-
-    def unsupported(*arguments: object) -> int:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "preadv", unsupported)
-    assert place.read_from_memory() is None
-    monkeypatch.setattr("diffusion_data.sample_reader._NOWAIT", None)
-    assert place.read_from_memory() is None
-
-
-def test_a_place_beyond_the_index_is_not_in_memory(tmp_path):
-    folder = write_dataset(tmp_path / "ds", [tiny_sample(0)])
-    _, reader = readers(folder)
-    place = reader.place_of(0)
-    assert place is not None
-    beyond = place.shard.place(1, "shard_000000.tar")
-    assert beyond.read_from_memory() is None
-    assert beyond.read() is None
