@@ -76,6 +76,17 @@ class CosmosTokenizer:
         self.temporal_compression: int = network.config.temporal_compression_ratio
         self.spatial_compression: int = network.config.spatial_compression_ratio
         self.latent_channels: int = network.config.latent_channels
+        self._layout = torch.contiguous_format
+
+    def use_channels_last(self) -> None:
+        """Encode clips in the memory layout that tensor cores compute convolutions in, else converted for each of them.
+
+        The latents are the same but for rounding. Pictures have an encoder that always does it.
+        """
+        self._layout = torch.channels_last_3d
+        for module in self.network.encoder.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                module.weight.data = module.weight.data.contiguous(memory_format=self._layout)
 
     @classmethod
     def from_pretrained(
@@ -127,7 +138,7 @@ class CosmosTokenizer:
     @torch.inference_mode()
     def _encode(self, frames: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         self._check_frames(frames)
-        pixels = scale_pixels(frames.to(self.device, non_blocking=True), self.dtype)
+        pixels = scale_pixels(frames.to(self.device, non_blocking=True), self.dtype, self._layout)
         with _PoolsInFloat32() if self.device.type == "cpu" and frames.shape[1] > 1 else contextlib.nullcontext():
             return network(pixels).to(torch.bfloat16)
 
@@ -177,10 +188,12 @@ class _PoolsInFloat32(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def scale_pixels(frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def scale_pixels(
+    frames: torch.Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
     """uint8 (B, T, H, W, 3) in [0, 255] -> dtype (B, 3, T, H, W) in [-1, 1]: one pass, computed in float32."""
     channels_first = frames.permute(0, 4, 1, 2, 3)
-    pixels = torch.empty(channels_first.shape, dtype=dtype, device=frames.device)
+    pixels = torch.empty(channels_first.shape, dtype=dtype, device=frames.device, memory_format=layout)
     return torch.add(torch.full((), -1.0, device=frames.device), channels_first, alpha=1 / 127.5, out=pixels)
 
 

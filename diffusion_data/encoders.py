@@ -22,7 +22,7 @@ class Encoders:
 def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
     """The models that the config names, read from disk or fetched."""
     tokenizer, text_encoder = config.tokenizer, config.text_encoder
-    return Encoders(
+    encoders = Encoders(
         tokenizer=CosmosTokenizer.from_pretrained(
             tokenizer.name, tokenizer.cache_dir, device, tokenizer.torch_dtype, decoder=False
         ),
@@ -30,6 +30,9 @@ def load_encoders(config: PrepareConfig, device: torch.device) -> Encoders:
             text_encoder.name, text_encoder.cache_dir, text_encoder.max_length, device, text_encoder.torch_dtype
         ),
     )
+    if tokenizer.channels_last:
+        encoders.tokenizer.use_channels_last()
+    return encoders
 
 
 def set_up_torch(device: torch.device) -> None:

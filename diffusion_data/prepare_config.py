@@ -22,12 +22,14 @@ class TokenizerConfig:
         instructions for bfloat16 (avx512_bf16, amx_bf16) is quicker with it, any other several times slower
     compile: full batches, each shape of them once, by torch.compile. That takes up to minutes a shape and rank, so it
         pays for long runs of few shapes (media.resize=buckets); what doesn't fill a batch isn't compiled
+    channels_last: clips in the memory layout that GPUs compute convolutions in; pictures always are
     """
 
     name: str
     cache_dir: str | None = None
     dtype: str = "auto"
     compile: bool = False
+    channels_last: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

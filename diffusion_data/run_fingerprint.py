@@ -56,6 +56,7 @@ def run_fingerprint(
             "files_sha256": files_digest(tokenizer.weight_files),
             "dtype": str(tokenizer.dtype),
             "compile": config.tokenizer.compile,
+            "channels_last": config.tokenizer.channels_last,
         },
         "text_encoder": {
             "files_sha256": files_digest(text_encoder.weight_files),

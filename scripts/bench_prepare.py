@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int)
     parser.add_argument("--samples-per-shard", type=int, help="default: chosen by the number of rows")
     parser.add_argument("--compile", action="store_true", help="tokenizer.compile")
+    parser.add_argument("--channels-last", action="store_true", help="tokenizer.channels_last")
     parser.add_argument(
         "--peak-tflops", type=float, help="what one device can do at most in the models' dtype, to tell the share of it"
     )
@@ -82,7 +83,10 @@ def make_models(arguments: argparse.Namespace, device: torch.device, dtype: torc
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    return make_encoders(arguments.tokenizer, arguments.text_encoder, arguments.random_weights, device, dtype)
+    encoders = make_encoders(arguments.tokenizer, arguments.text_encoder, arguments.random_weights, device, dtype)
+    if arguments.channels_last:
+        encoders.tokenizer.use_channels_last()
+    return encoders
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -211,7 +215,9 @@ def job_config(arguments: argparse.Namespace, folder: Path) -> PrepareConfig:
         plan_gpus=None,
         plan_price=None,
         media=MediaConfig(short_side=arguments.pixels),
-        tokenizer=TokenizerConfig(name=arguments.tokenizer, compile=arguments.compile),
+        tokenizer=TokenizerConfig(
+            name=arguments.tokenizer, compile=arguments.compile, channels_last=arguments.channels_last
+        ),
         text_encoder=TextEncoderConfig(name=arguments.text_encoder),
         batching=BatchingConfig(**{name: value for name, value in given.items() if value is not None}),
         device=arguments.device,

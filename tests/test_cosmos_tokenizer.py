@@ -276,6 +276,24 @@ def test_everything_is_on_the_tokenizers_device(num_frames: int) -> None:
     assert tokenizer.decode(latents).shape == (2, num_frames, 64, 96, 3)
 
 
+@pytest.mark.parametrize("num_frames", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_channels_last_it_gives_the_same_latents(dtype: torch.dtype, num_frames: int) -> None:
+    tokenizer = CosmosTokenizer.from_pretrained("tiny-cosmos", dtype=dtype, decoder=False)
+    frames = random_frames(tokenizer, 2)[:, :num_frames]
+    plain = tokenizer.encode(frames).float()
+    tokenizer.use_channels_last()
+    given: list[torch.Tensor] = []
+    tokenizer.network.encoder.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    found = tokenizer.encode(frames).float()
+    assert (plain - found).norm() < (1e-3 if dtype == torch.float32 else 2e-2) * plain.norm()
+    assert len(given) == (0 if num_frames == 1 else 1)  # pictures have an encoder of their own
+    assert all(pixels.is_contiguous(memory_format=torch.channels_last_3d) for pixels in given)
+    weights = [weight for weight in tokenizer.network.encoder.parameters() if weight.ndim == 5]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
+
+
 @pytest.mark.skipif(not os.environ.get("COMPILE_TESTS"), reason="takes minutes; run with COMPILE_TESTS=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_gives_the_same_latents_for_every_shape(dtype: torch.dtype) -> None:
