@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,16 @@ from diffusion_data.decoded_sample import decode_sample, psnr_db
 from diffusion_data.media import MediaLoader
 from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
+from diffusion_data.report_facts import gather_facts
+from diffusion_data.report_plots import Bars, write_png
 from diffusion_data.scripts.report_dataset import main
 from diffusion_data.shard_reader import read_shard
+from diffusion_data.spread_samples import find_shards
+from tests.report_page import Page
 from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
 from tests.tiny_dataset import tiny_sample, write_dataset
 
 HOSTILE = '</title><script>alert(1)</script><img src=x onerror="alert(2)"> & "quotes\''
-
-
-class Page(HTMLParser):
-    """Tags, and the rows of its tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self._cell = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        self._cell = tag in ("th", "td")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell and self.rows:
-            self.rows[-1].append(data)
-        self._cell = False
-
-    def images(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "img"]
 
 
 def opened(image: dict[str, str | None]) -> Image.Image:
@@ -90,6 +68,24 @@ def test_the_job_writes_a_page_and_plots(prepared: Path, page: str) -> None:
     assert ["4:3", "8"] in rows
     assert (["1", "9"] in rows, ["9", "2"] in rows, ["8", "2"] in rows) == (True, True, True)  # frames; fps
     assert ["truncated", "1"] in rows
+
+
+def test_page_and_plots_are_of_the_facts_and_nothing_else(prepared: Path, page: str, tmp_path: Path) -> None:
+    plots = gather_facts(prepared, find_shards(prepared)).plots
+    assert len(plots) >= 8
+    drawn = {path.stem: path.read_bytes() for path in (prepared / "run/report").glob("*.png")}
+    for plot in plots:
+        write_png(plot, tmp_path / f"{plot.name}.png")
+    assert drawn == {plot.name: (tmp_path / f"{plot.name}.png").read_bytes() for plot in plots}
+    tables = Page(page).tables
+    assert list(tables) == [plot.title for plot in plots]
+    for plot in plots:
+        if isinstance(plot, Bars):
+            told = {name: (float(value.replace(",", "")), share) for name, (share, value) in tables[plot.title].items()}
+            longest = max(plot.values.values())
+            assert told == {
+                name: (value, pytest.approx(100 * value / longest, abs=0.01)) for name, value in plot.values.items()
+            }
 
 
 def test_latent_means_are_those_of_the_statistics(prepared: Path, page: str) -> None:
