@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+HOSTILE = '</title><script>alert(1)</script><img src=x onerror="alert(2)"> & "quotes\''
+"""A caption that would like to be code."""
+
 
 class Page(HTMLParser):
     """Tags, the rows of its tables, and its tables: caption -> {name: (length of its bar in percent, value)}."""
