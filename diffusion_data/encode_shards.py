@@ -25,7 +25,7 @@ _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds mem
 
 def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
-    threads = share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
+    threads = num_encode_threads(config, ranks)
     encoders, compiled = job.encoders, config.tokenizer.compile
     pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
     num_encoders = 1 if encoders.tokenizer.device.type == "cuda" else max(1, threads)
@@ -78,6 +78,11 @@ def decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokeniz
 
 def num_decode_workers(config: PrepareConfig, ranks: Ranks) -> int:
     return share_of_processors(ranks) if config.num_workers is None else config.num_workers
+
+
+def num_encode_threads(config: PrepareConfig, ranks: Ranks) -> int:
+    """On a CPU; 0 encodes in line."""
+    return share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
 
 
 def share_of_processors(ranks: Ranks) -> int:
