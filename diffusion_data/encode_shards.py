@@ -12,6 +12,7 @@ from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
+from diffusion_data.encoded_share import EncodedCounts
 from diffusion_data.errors import UserError
 from diffusion_data.ledger import LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
@@ -27,7 +28,8 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
     threads = num_encode_threads(config, ranks)
     encoders, compiled = job.encoders, config.tokenizer.compile
-    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
+    counts = EncodedCounts(ranks)
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled, counts.add)
     num_encoders = 1 if encoders.tokenizer.device.type == "cuda" else max(1, threads)
     num_decoders = max(1, num_decode_workers(config, ranks))
     busy = BusyShares(ranks, {"decoding": num_decoders, "encoders": num_encoders, "writing": 1})
@@ -50,6 +52,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
         while pending:
             finish_oldest()
         limit.count()
+        counts.tell()
 
 
 def _write(writer: ShardWriter, job: Job, busy: BusyShares, encoded: EncodedShard) -> LedgerEntry | None:
