@@ -20,7 +20,7 @@ class Machines:
     """What the run would have.
 
     num_ranks: processes, one a GPU; without GPUs as many as share the processors
-    ranks_per_node, processors_per_node: of the node where the plan is made, for which all others are taken
+    ranks_per_node, processors_per_node: of the node where the plan is made; all are supposed to be alike
     num_workers: decode processes of a rank; 0 decodes in line
     encode_threads: batches that a rank encodes at a time on a CPU, 0 being one in line; None on GPUs
     price_per_hour: of one rank, in whatever currency; None tells no price
