@@ -25,6 +25,7 @@ ONLINE = {
     "epoch_shuffle",
     "fake_latents",
     "fake_loader",
+    "latent_datamodule",
     "latent_scaling",
     "late_reading",
     "lean_stages",
