@@ -25,6 +25,7 @@ ONLINE = {
     "epoch_shuffle",
     "fake_latents",
     "fake_loader",
+    "fake_shapes",
     "latent_datamodule",
     "latent_scaling",
     "late_reading",

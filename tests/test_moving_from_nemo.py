@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
+from diffusion_data.diffusion_fake_datamodule import VideoLatentFakeDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.errors import UserError
 from tests.datamodules import flat, module, rows
@@ -33,6 +34,19 @@ def test_the_datamodules_leading_parameters_are_nemos():
         "virtual_epoch_length",
         "packing_buffer_size",
         "max_samples_per_sequence",
+    ]
+
+
+def test_the_fake_datamodules_leading_parameters_are_nemos():
+    assert positional(VideoLatentFakeDataModule) == [
+        "model_config",
+        "seq_length",
+        "micro_batch_size",
+        "global_batch_size",
+        "num_workers",
+        "pin_memory",
+        "task_encoder",
+        "use_train_split_for_val",
     ]
 
 
