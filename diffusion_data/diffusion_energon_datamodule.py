@@ -14,25 +14,13 @@ import logging
 from functools import partial
 from typing import Any
 
-import torch
-from megatron.energon import SavableDataLoader, WorkerConfig, get_train_dataset, get_val_dataset
-from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon import WorkerConfig
 
 from diffusion_data.dataset_folder import read_stats
 from diffusion_data.dataset_source import DataPath, DatasetSource, open_source
 from diffusion_data.diffusion_stages import STAGES_VERSION
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
-from diffusion_data.energon_loaders import (
-    TrainLoader,
-    ValLoader,
-    iterate_directly,
-    loader_options,
-    log_sample_error,
-    pass_batches_on,
-    restore,
-    usable_workers,
-    use_pinned_memory,
-)
+from diffusion_data.energon_loaders import TrainLoader, ValLoader, log_sample_error, restore, usable_workers
 from diffusion_data.epoch_length import (
     batches_of_longest_rank,
     batches_of_one_epoch,
@@ -41,20 +29,14 @@ from diffusion_data.epoch_length import (
     mean_share_of_sequence,
 )
 from diffusion_data.errors import UserError
-from diffusion_data.late_reading import set_read_ahead
 from diffusion_data.latent_datamodule import LatentDataModule
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
 from diffusion_data.loader_state import DATASET_NAME, refuse_foreign, to_plain
+from diffusion_data.open_loaders import any_batch, open_finite, open_training
 from diffusion_data.packing import agreed
-from diffusion_data.parallel_ranks import (
-    DataParallel,
-    can_gather,
-    gather_from_ranks,
-)
+from diffusion_data.parallel_ranks import DataParallel, can_gather, gather_from_ranks
 from diffusion_data.redistribution import fitted_state, rescale_batches
-from diffusion_data.skip_counts import all_skipped
 from diffusion_data.text_dropout import read_empty_caption
-from diffusion_data.training_stream import WholePasses
 
 logger = logging.getLogger(__name__)
 
@@ -208,29 +190,14 @@ class DiffusionDataModule(LatentDataModule):
         if self._saved is not None:
             saved = fitted_state(self._saved, settings)
             rescale_batches(self.trainer, self._saved["settings"], settings)
-        dataset = get_train_dataset(
-            self.source.spec,
-            split_part="train",
-            worker_config=config,
-            batch_size=self.micro_batch_size,
-            packing_buffer_size=self.packing_buffer_size,
-            shuffle_buffer_size=self.shuffle_buffer_size,
-            max_samples_per_sequence=self.max_samples_per_sequence,
-            task_encoder=self.task_encoder,
-            repeat=self.repeat,
-        )
-        set_read_ahead(dataset, self.read_ahead)
         length = settings["virtual_epoch_length"]
-        if not self.repeat:
-            share = length // max(1, config.num_workers)
-            dataset = WholePasses(dataset, share, worker_config=config)
-        loader = SavableDataLoader(dataset, **loader_options(config))
-        self._set_up_loader(loader)
+        loader = open_training(self.source, self, config, length)
         self._saved = None
         if saved is not None:
             restore(loader, saved["ranks"][config.rank])
         done = 0 if saved is None else saved["batches_done"]
-        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=partial(self._any_batch, "train"))
+        some_batch = partial(any_batch, self.source, self, "train")
+        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=some_batch)
 
     def _finite_loader(self, split: str) -> ValLoader | list[Any]:
         self._ensure_set_up()
@@ -241,50 +208,16 @@ class DiffusionDataModule(LatentDataModule):
         length = None
         if self.max_seq_length is None and not self.bucket_by_shape:
             length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
-        make = partial(self._open_finite, split, config)
         if split in self._finite:
             self._finite[split].close()
         self._finite[split] = ValLoader(
-            make,
+            partial(open_finite, self.source, self, split, config),
             length,
             self.task_encoder.skips,
             parallel=self._parallel(),
-            any_batch=partial(self._any_batch, split),
+            any_batch=partial(any_batch, self.source, self, split),
         )
         return self._finite[split]
-
-    def _open_finite(self, split: str, config: WorkerConfig) -> Any:
-        dataset = get_val_dataset(
-            self.source.spec,
-            split_part=split,
-            worker_config=config,
-            batch_size=self.micro_batch_size,
-            packing_buffer_size=self.packing_buffer_size,
-            task_encoder=self.task_encoder,
-        )
-        set_read_ahead(dataset, self.read_ahead)
-        loader = BasicDataLoader(dataset, **loader_options(config))
-        self._set_up_loader(loader)
-        return loader
-
-    def _any_batch(self, split: str) -> dict[str, Any]:
-        """A batch of the split, outside of its loader.
-
-        Raises:
-            UserError: no sample of the split can be used.
-        """
-        config = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=log_sample_error)
-        with self.task_encoder.skips.counting_nothing():
-            batch = next(iter(self._open_finite(split, config)), None)
-        if batch is None:
-            raise all_skipped(self.task_encoder.skips)
-        return batch
-
-    def _set_up_loader(self, loader: torch.utils.data.DataLoader[Any]) -> None:
-        use_pinned_memory(loader, self.pin_memory)
-        if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
-            pass_batches_on(loader)
-        iterate_directly(loader)
 
     def _ensure_set_up(self) -> None:
         encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known

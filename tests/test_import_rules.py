@@ -32,6 +32,7 @@ ONLINE = {
     "lean_stages",
     "shared_batch",
     "loader_state",
+    "open_loaders",
     "open_shards",
     "packed_layout",
     "packing",
