@@ -11,85 +11,44 @@ with, or as many workers in total on another number of ranks; see docs/training_
 from __future__ import annotations
 
 import logging
-import math
 from functools import partial
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
-from megatron.energon import SavableDataLoader, WorkerConfig, get_train_dataset, get_val_dataset
-from megatron.energon.savable_loader import BasicDataLoader
+from megatron.energon import WorkerConfig
 
 from diffusion_data.dataset_folder import read_stats
 from diffusion_data.dataset_source import DataPath, DatasetSource, open_source
 from diffusion_data.diffusion_stages import STAGES_VERSION
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
-from diffusion_data.energon_loaders import (
-    TrainLoader,
-    ValLoader,
-    iterate_directly,
-    loader_options,
-    log_sample_error,
-    pass_batches_on,
-    restore,
-    usable_workers,
-    use_pinned_memory,
-)
+from diffusion_data.energon_loaders import TrainLoader, ValLoader, log_sample_error, restore, usable_workers
 from diffusion_data.epoch_length import (
     batches_of_longest_rank,
-    batches_of_longest_worker,
     batches_of_one_epoch,
+    batches_of_whole_pass,
     longest_of_dataset,
     mean_share_of_sequence,
 )
 from diffusion_data.errors import UserError
-from diffusion_data.late_reading import set_read_ahead
+from diffusion_data.latent_datamodule import LatentDataModule
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
-from diffusion_data.loader_state import DATASET_NAME, to_plain
-from diffusion_data.packing import agreed, refuse_unfit_packing
-from diffusion_data.parallel_ranks import (
-    DataParallel,
-    can_gather,
-    data_parallel,
-    gather_from_ranks,
-    gradient_accumulation_steps,
-)
+from diffusion_data.loader_state import DATASET_NAME, refuse_foreign, to_plain
+from diffusion_data.open_loaders import any_batch, open_finite, open_training
+from diffusion_data.packing import agreed
+from diffusion_data.parallel_ranks import DataParallel, can_gather, gather_from_ranks
 from diffusion_data.redistribution import fitted_state, rescale_batches
-from diffusion_data.skip_counts import all_skipped
 from diffusion_data.text_dropout import read_empty_caption
-from diffusion_data.training_stream import WholePasses
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionDataModule(LightningDataModule):
-    """Energon datasets of latents and text embeddings.
+class DiffusionDataModule(LatentDataModule):
+    """Energon datasets of latents and text embeddings. Positional arguments are NeMo's, in their order.
 
     path: a dataset folder, a metadataset yaml, or a list of {path, weight}, see `dataset_source`; nothing is read
         before `setup` or the first loader
     seq_length: patches each sample is padded to, and the most it may have; None takes the longest of the dataset, or
         no limit where samples are packed or bucketed
-    micro_batch_size: samples of one batch on one rank; packed sequences where samples are packed
-    global_batch_size: samples (or packed sequences) of one step of the optimizer, all ranks together
-    num_workers: loader processes a rank; 0 loads in the main process
-    pin_memory: page-locked batches, for faster copies to a GPU; without CUDA it makes no difference
-    task_encoder: None for a BasicDiffusionTaskEncoder
-    use_train_split_for_val: validate on the train split: one pass, in order
-    shuffle_buffer_size: samples a worker draws from at random; larger mixes better. Of local datasets only numbers
-        are kept, so that it may be many thousands; of a metadataset's blend_epochized, whole samples
-    read_ahead: samples read before they are wanted, by as many threads a worker; 0 reads them when they are. More of
-        them help a disk or network that is slow to answer. Has no effect on the order
-    virtual_epoch_length: batches a rank and epoch; None for one pass over the train split, rounded up so
-        that each worker gives equally many and the last step of the optimizer is a full one
-    max_seq_length: patches of a packed sequence; together with packing_buffer_size it turns packing on
-    packing_buffer_size: samples a worker chooses from to fill sequences; larger leaves less padding and needs more
-        memory, and time to fill after a resume
-    bucket_by_shape: batches of equal latent shape, without padding
-    repeat: False makes each epoch exactly one pass, in which every sample comes once on some rank; ranks that have
-        fewer batches than others end it with batches without samples (loss_mask all 0, no keys)
-    seed: of the order of samples, and of text dropout
-    parallel: which data-parallel rank reads; None finds out, see `parallel_ranks`
-    device_mesh: torch's DeviceMesh, to find that out from
+    The others are those of `LatentDataModule`.
     """
 
     def __init__(
@@ -102,51 +61,40 @@ class DiffusionDataModule(LightningDataModule):
         pin_memory: bool = True,
         task_encoder: BasicDiffusionTaskEncoder | None = None,
         use_train_split_for_val: bool = False,
+        virtual_epoch_length: int | None = None,
+        packing_buffer_size: int | None = None,
+        max_samples_per_sequence: int | None = None,
+        *,
+        max_seq_length: int | None = None,
+        bucket_by_shape: bool = False,
         shuffle_buffer_size: int = 100,
         read_ahead: int = 4,
-        virtual_epoch_length: int | None = None,
-        max_seq_length: int | None = None,
-        packing_buffer_size: int | None = None,
-        bucket_by_shape: bool = False,
         repeat: bool = True,
         seed: int = 0,
         parallel: DataParallel | None = None,
         device_mesh: Any = None,
     ) -> None:
-        super().__init__()
-        if shuffle_buffer_size < 1 or (virtual_epoch_length is not None and virtual_epoch_length < 1):
-            raise UserError("shuffle_buffer_size and virtual_epoch_length must be at least 1")
-        task_encoder = task_encoder or BasicDiffusionTaskEncoder()
-        max_seq_length = agreed("max_seq_length", max_seq_length, task_encoder.max_seq_length)
-        bucket_by_shape = bucket_by_shape or task_encoder.bucket_by_shape
-        refuse_unfit_packing(max_seq_length, packing_buffer_size, bucket_by_shape)
-        if not repeat and (max_seq_length or bucket_by_shape or virtual_epoch_length):
-            raise UserError(
-                "repeat=False makes epochs of one pass, whose batches have to be counted beforehand: it goes neither "
-                "with virtual_epoch_length nor with max_seq_length or bucket_by_shape; with these, leave it out"
-            )
-        if read_ahead < 0:
-            raise UserError(f"read_ahead must not be negative, got {read_ahead}")
-        gradient_accumulation_steps(global_batch_size, micro_batch_size, 1)  # ranks may not be known yet
+        super().__init__(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            task_encoder=task_encoder,
+            use_train_split_for_val=use_train_split_for_val,
+            virtual_epoch_length=virtual_epoch_length,
+            packing_buffer_size=packing_buffer_size,
+            max_samples_per_sequence=max_samples_per_sequence,
+            max_seq_length=max_seq_length,
+            bucket_by_shape=bucket_by_shape,
+            shuffle_buffer_size=shuffle_buffer_size,
+            read_ahead=read_ahead,
+            repeat=repeat,
+            seed=seed,
+            parallel=parallel,
+            device_mesh=device_mesh,
+        )
         self.path = path
         self.seq_length = seq_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.task_encoder = task_encoder
-        self.use_train_split_for_val = use_train_split_for_val
-        self.shuffle_buffer_size = shuffle_buffer_size
-        self.read_ahead = read_ahead
-        self.virtual_epoch_length = virtual_epoch_length
-        self.max_seq_length = max_seq_length
-        self.packing_buffer_size = packing_buffer_size
-        self.bucket_by_shape = bucket_by_shape
-        self.repeat = repeat
-        self.seed = seed
-        self.parallel = parallel
-        self.device_mesh = device_mesh
-        self._own_multiple = task_encoder.length_multiple
         self._is_set_up = False
         self._source: DatasetSource | None = None
         self._train: TrainLoader | None = None
@@ -160,11 +108,6 @@ class DiffusionDataModule(LightningDataModule):
         if self._source is None:
             self._source = open_source(self.path)
         return self._source
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro batches that make one step of the optimizer; depends on the number of ranks."""
-        return gradient_accumulation_steps(self.global_batch_size, self.micro_batch_size, self._parallel().size)
 
     @property
     def latent_scaling(self) -> LatentScaling | None:
@@ -231,7 +174,13 @@ class DiffusionDataModule(LightningDataModule):
         return {"ranks": states, "batches_done": done, "settings": self._stream_settings(self._train_config)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place for `train_dataloader`, which goes there."""
+        """Keep the place for `train_dataloader`, which goes there.
+
+        Raises:
+            UserError: it is no such place, as one of NeMo's DiffusionDataModule.
+        """
+        if state_dict:
+            refuse_foreign(state_dict, {"ranks", "batches_done", "settings"}, type(self).__name__)
         self._saved = state_dict or None
         self._train = self._train_config = None
 
@@ -241,29 +190,14 @@ class DiffusionDataModule(LightningDataModule):
         if self._saved is not None:
             saved = fitted_state(self._saved, settings)
             rescale_batches(self.trainer, self._saved["settings"], settings)
-        dataset = get_train_dataset(
-            self.source.spec,
-            split_part="train",
-            worker_config=config,
-            batch_size=self.micro_batch_size,
-            packing_buffer_size=self.packing_buffer_size,
-            shuffle_buffer_size=self.shuffle_buffer_size,
-            max_samples_per_sequence=None,
-            task_encoder=self.task_encoder,
-            repeat=self.repeat,
-        )
-        set_read_ahead(dataset, self.read_ahead)
         length = settings["virtual_epoch_length"]
-        if not self.repeat:
-            share = length // max(1, config.num_workers)
-            dataset = WholePasses(dataset, share, worker_config=config)
-        loader = SavableDataLoader(dataset, **loader_options(config))
-        self._set_up_loader(loader)
+        loader = open_training(self.source, self, config, length)
         self._saved = None
         if saved is not None:
             restore(loader, saved["ranks"][config.rank])
         done = 0 if saved is None else saved["batches_done"]
-        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=partial(self._any_batch, "train"))
+        some_batch = partial(any_batch, self.source, self, "train")
+        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=some_batch)
 
     def _finite_loader(self, split: str) -> ValLoader | list[Any]:
         self._ensure_set_up()
@@ -274,50 +208,16 @@ class DiffusionDataModule(LightningDataModule):
         length = None
         if self.max_seq_length is None and not self.bucket_by_shape:
             length = batches_of_longest_rank(parts, self.micro_batch_size, config.num_workers, config.world_size)
-        make = partial(self._open_finite, split, config)
         if split in self._finite:
             self._finite[split].close()
         self._finite[split] = ValLoader(
-            make,
+            partial(open_finite, self.source, self, split, config),
             length,
             self.task_encoder.skips,
             parallel=self._parallel(),
-            any_batch=partial(self._any_batch, split),
+            any_batch=partial(any_batch, self.source, self, split),
         )
         return self._finite[split]
-
-    def _open_finite(self, split: str, config: WorkerConfig) -> Any:
-        dataset = get_val_dataset(
-            self.source.spec,
-            split_part=split,
-            worker_config=config,
-            batch_size=self.micro_batch_size,
-            packing_buffer_size=self.packing_buffer_size,
-            task_encoder=self.task_encoder,
-        )
-        set_read_ahead(dataset, self.read_ahead)
-        loader = BasicDataLoader(dataset, **loader_options(config))
-        self._set_up_loader(loader)
-        return loader
-
-    def _any_batch(self, split: str) -> dict[str, Any]:
-        """A batch of the split, outside of its loader.
-
-        Raises:
-            UserError: no sample of the split can be used.
-        """
-        config = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=log_sample_error)
-        with self.task_encoder.skips.counting_nothing():
-            batch = next(iter(self._open_finite(split, config)), None)
-        if batch is None:
-            raise all_skipped(self.task_encoder.skips)
-        return batch
-
-    def _set_up_loader(self, loader: torch.utils.data.DataLoader[Any]) -> None:
-        use_pinned_memory(loader, self.pin_memory)
-        if type(self.task_encoder).batch is BasicDiffusionTaskEncoder.batch:  # one of the user's may hold arrays
-            pass_batches_on(loader)
-        iterate_directly(loader)
 
     def _ensure_set_up(self) -> None:
         encoder = self.task_encoder  # which another datamodule may have set up for itself, or ranks weren't known
@@ -326,12 +226,6 @@ class DiffusionDataModule(LightningDataModule):
             self._is_set_up = False
         if not self._is_set_up:
             self.setup()
-
-    def _length_multiple(self) -> int:
-        return math.lcm(self._own_multiple, self._parallel().length_multiple)
-
-    def _parallel(self) -> DataParallel:
-        return self.parallel or data_parallel(self.trainer, self.device_mesh)
 
     def _worker_config(self, split: str) -> WorkerConfig:
         parallel = self._parallel()
@@ -360,23 +254,25 @@ class DiffusionDataModule(LightningDataModule):
             "micro_batch_size": self.micro_batch_size,
             "shuffle_buffer_size": self.shuffle_buffer_size,
             "packing_buffer_size": self.packing_buffer_size,
+            "max_samples_per_sequence": self.max_samples_per_sequence,
             "repeat": self.repeat,
-            "virtual_epoch_length": self._epoch_length(config),
+            "virtual_epoch_length": self.virtual_epoch_length or self._batches_of_a_pass(config),
             "seed": self.seed,
             **self.task_encoder.settings(),
         }
 
-    def _epoch_length(self, config: WorkerConfig) -> int:
-        if self.virtual_epoch_length is not None:
-            return self.virtual_epoch_length
-        workers = max(1, config.num_workers)
-        parts = self.source.parts("train")
+    def _batches_of_a_pass(self, config: WorkerConfig) -> int:
+        """Of a rank; about one pass, but for repeat=False."""
         if not self.repeat:
-            longest = batches_of_longest_worker(parts, self.micro_batch_size, config.num_workers, config.world_size)
-            return longest * workers
+            return batches_of_whole_pass(
+                self.source.parts("train"), self.micro_batch_size, config.num_workers, config.world_size
+            )
         sequences: float = self.source.samples("train")
         if self.max_seq_length is not None:
             sequences *= mean_share_of_sequence(self.source, self.task_encoder, self.max_seq_length)
         return batches_of_one_epoch(
-            sequences, self.micro_batch_size * config.world_size, workers, self.gradient_accumulation_steps
+            sequences,
+            self.micro_batch_size * config.world_size,
+            max(1, config.num_workers),
+            self.gradient_accumulation_steps,
         )

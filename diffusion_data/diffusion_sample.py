@@ -62,6 +62,16 @@ class DiffusionSample(Sample):
         return self.text_and_room[: self.seq_len_kv]
 
     @property
+    def t5_text_mask(self) -> torch.Tensor:
+        """bfloat16 (L,): all 1."""
+        return torch.ones(self.seq_len_kv, dtype=torch.bfloat16)
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """bfloat16 (S,): all 1."""
+        return torch.ones(self.seq_len_q, dtype=torch.bfloat16)
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, T, H, W) of the latent that is patched, after max_frames cut it."""
         return tuple(self.latent.shape)

@@ -67,9 +67,10 @@ def batches_of_longest_rank(parts: Sequence[SplitPart], micro_batch_size: int, n
     return max(sum(_batches_of_workers(parts, micro_batch_size, num_workers, rank, ranks)) for rank in range(ranks))
 
 
-def batches_of_longest_worker(parts: Sequence[SplitPart], micro_batch_size: int, num_workers: int, ranks: int) -> int:
-    """Batches of one pass over a split, in the worker that has most of them."""
-    return max(max(_batches_of_workers(parts, micro_batch_size, num_workers, rank, ranks)) for rank in range(ranks))
+def batches_of_whole_pass(parts: Sequence[SplitPart], micro_batch_size: int, num_workers: int, ranks: int) -> int:
+    """Batches a rank of a pass in which each worker gives as many as the one, of any rank, that has most of them."""
+    longest = max(max(_batches_of_workers(parts, micro_batch_size, num_workers, rank, ranks)) for rank in range(ranks))
+    return longest * max(1, num_workers)
 
 
 def _batches_of_workers(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain, count, islice, tee
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -65,13 +66,23 @@ class BatchPlanner:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+class PlannedBatch(NamedTuple):
+    rows: BatchPlan
+    pass_number: int
+    has_samples: bool
+    """False for one that only fills a rank's pass up."""
+
+
 class FakeLoader:
     """Batches of one data-parallel rank; every rank has equally many.
 
-    Training: a new order each epoch, the tail that doesn't fill a step of all ranks is left out. Where samples are
-    packed or bucketed, it is the batches whose order is new. A pass that a checkpoint interrupted goes on where it
-    was. Validation: every sample once, in order, from the start each time; ranks with fewer batches end with batches
-    without samples.
+    Training: pass after pass over the samples, each in an order of its own; where samples are packed or bucketed, it is
+    the batches whose order is new. An epoch that was left, or that a checkpoint interrupted, goes on where it was.
+    Validation: one pass, in order, from the start each time.
+
+    batches_a_step: of all ranks; what doesn't fill such a step is left out of a pass. None leaves nothing out: ranks
+        with fewer batches than others end a pass with batches without samples
+    epoch_length: batches; None for one pass
     """
 
     def __init__(
@@ -80,7 +91,9 @@ class FakeLoader:
         planner: BatchPlanner,
         parallel: DataParallel,
         *,
+        training: bool,
         batches_a_step: int | None,
+        epoch_length: int | None,
         seed: int,
         keeps_samples_together: bool,
         **loading: Any,
@@ -88,62 +101,67 @@ class FakeLoader:
         self._dataset = dataset
         self._planner = planner
         self._parallel = parallel
-        self._batches_a_step = batches_a_step  # of all ranks; None: validation
+        self._training = training
+        self._batches_a_step = batches_a_step
         self._seed = seed
-        self._keeps_samples_together = keeps_samples_together
         self._loading = loading
-        self.epoch = 0
         self.batches_done = 0
+        """Batches given, in all epochs of training."""
         self._fixed = planner.batches(range(len(dataset))) if keeps_samples_together else None
-        self._length = len(self._batches()) if batches_a_step else -(-len(self._all_batches()) // parallel.size)
-        if self._length == 0:
+        self._pass_length = -(-len(self._all_batches(0)) // parallel.size)
+        self._length = epoch_length or self._pass_length
+        if self._pass_length == 0:
             raise UserError(
                 f"{len(dataset)} fake samples don't fill one step on {parallel.size} ranks; raise num_train_samples"
             )
 
-    def _all_batches(self) -> list[BatchPlan]:
-        """Of all ranks, in this epoch."""
-        if self._batches_a_step is None:
+    def _all_batches(self, pass_number: int) -> list[BatchPlan]:
+        """Of all ranks, in a pass."""
+        if not self._training:
             return self._fixed or self._planner.batches(range(len(self._dataset)))
-        rng = np.random.default_rng([self._seed, self.epoch])
+        rng = np.random.default_rng([self._seed, pass_number])
         if self._fixed is not None:
             batches = [self._fixed[number] for number in rng.permutation(len(self._fixed))]
         else:
             batches = self._planner.batches(rng.permutation(len(self._dataset)).tolist())
+        if self._batches_a_step is None:
+            return batches
         full = max((len(batch) for batch in batches), default=0)
         batches = [batch for batch in batches if len(batch) == full]
         return batches[: len(batches) // self._batches_a_step * self._batches_a_step]
 
-    def _batches(self) -> list[BatchPlan]:
-        """Of this rank, in this epoch."""
-        return self._all_batches()[self._parallel.rank :: self._parallel.size]
+    def _pass(self, pass_number: int) -> list[PlannedBatch]:
+        """Of this rank."""
+        batches = self._all_batches(pass_number)
+        own = [PlannedBatch(rows, pass_number, True) for rows in batches[self._parallel.rank :: self._parallel.size]]
+        filler = PlannedBatch(own[0].rows if own else batches[0], pass_number, False)
+        return own + [filler] * (self._pass_length - len(own))
+
+    def _rest_of_epoch(self) -> Iterator[PlannedBatch]:
+        first_pass, done = divmod(self.batches_done, self._pass_length)
+        left = self._length - self.batches_done % self._length
+        return islice(chain.from_iterable(map(self._pass, count(first_pass))), done, done + left)
+
+    def _places(self, planned: PlannedBatch) -> list[Place]:
+        epoch = planned.pass_number if self._training else None
+        return [Place(index, number, epoch) for number, row in enumerate(planned.rows) for index in row]
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        training = self._batches_a_step is not None
-        if not training:
+        if not self._training:
             self.batches_done = 0
-        batches = self._batches()
-        with_samples = len(batches)
-        batches += (batches or self._all_batches())[:1] * (self._length - with_samples)
-        epoch = self.epoch if training else None
+        to_come, to_load = tee(self._rest_of_epoch())
         loader = DataLoader(
             self._dataset,
-            batch_sampler=[
-                [Place(index, number, epoch) for number, row in enumerate(batch) for index in row]
-                for batch in batches[self.batches_done :]
-            ],
+            batch_sampler=map(self._places, to_load),
             collate_fn=self._dataset.collate,
             **self._loading,
         )
-        for batch in loader:
-            has_samples = self.batches_done < with_samples
+        for batch, planned in zip(loader, to_come, strict=False):
             self.batches_done += 1
-            if self.batches_done == self._length:
-                self.epoch, self.batches_done = self.epoch + 1, 0
-            yield batch if has_samples else without_samples(batch)
+            yield batch if planned.has_samples else without_samples(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the datamodule saves the place. Being there at all tells Lightning that it can resume."""

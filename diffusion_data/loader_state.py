@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,31 @@ def from_plain(plain: Any) -> Any:
     return FlexState(items) if plain["kind"] == "flex" else dict(items)
 
 
+def refuse_foreign(state: Any, fields: Set[str], owner: str) -> None:
+    """Stop where a state isn't one that the datamodule `owner` saved, which has these fields.
+
+    Raises:
+        UserError: telling what the state holds instead.
+    """
+    if isinstance(state, dict) and state.keys() == fields and isinstance(state["settings"], dict):
+        return
+    held = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
+    raise UserError(
+        f"the checkpoint's place in the dataset isn't one that this {owner} saved (it holds: {held}): load its weights "
+        "into the model and start without its place"
+    )
+
+
 def _told(settings: dict[str, Any], name: str) -> str:
     if name == "dataset" and DATASET_NAME in settings:
         return f"{settings[DATASET_NAME]} ({settings[name][:12]})"
     return repr(settings.get(name))
 
 
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], may_change: str = "") -> None:
     """Stop where a state would be restored into another stream of samples than it was saved from.
+
+    may_change: for the message, a sentence on what needn't stay
 
     Raises:
         UserError: naming each setting that differs.
@@ -96,6 +114,5 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"the checkpoint's place in the dataset fits only the settings it was saved with: "
-            f"{'; '.join(differing)}. Restore them, or start from the weights alone. (Ranks and workers a rank may "
-            "change if their product, at least 1, stays the same)"
+            f"{'; '.join(differing)}. Restore them, or start from the weights alone{may_change}"
         )

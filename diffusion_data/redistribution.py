@@ -13,6 +13,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from diffusion_data.loader_state import from_plain, refuse_changes
 
 _RANKS, _WORKERS, _EPOCH_LENGTH = "data_parallel_size", "num_workers", "virtual_epoch_length"
+_MAY_CHANGE = ". (Ranks and workers a rank may change if their product, at least 1, stays the same)"
 
 
 def fitted_state(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -23,9 +24,9 @@ def fitted_state(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """
     before = saved["settings"]
     if _can_be_redistributed(before, now):
-        refuse_changes(_settings_to_compare(before), _settings_to_compare(now))
+        refuse_changes(_settings_to_compare(before), _settings_to_compare(now), _MAY_CHANGE)
         return _redistributed(saved, now)
-    refuse_changes(before, now)
+    refuse_changes(before, now, _MAY_CHANGE)
     return {**saved, "ranks": [from_plain(state) for state in saved["ranks"]]}
 
 

@@ -319,6 +319,11 @@ def test_refuses_to_resume_on_another_dataset_or_number_of_ranks(ten, seven_and_
         two_ranks.train_dataloader()
 
 
+def test_refuses_a_place_that_nemos_datamodule_saved(ten):
+    with pytest.raises(UserError, match=r"isn't one that this DiffusionDataModule saved.*load its weights"):
+        module(ten).load_state_dict({"dataloader_state": [], "consumed_samples": 8})
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_dataset_whose_samples_are_all_skipped_stops(ten, num_workers):
     data = module(ten, seq_length=3, num_workers=num_workers, use_train_split_for_val=True)

@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from megatron.energon import SkipSample
+from megatron.energon import SkipSample, stateless
 
+from diffusion_data.diffusion_sample import DiffusionSample
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder, cook
 from diffusion_data.errors import UserError
 from diffusion_data.latent_sample import LatentSample
@@ -206,4 +207,20 @@ def test_an_encoded_sample_shows_what_the_batch_will_hold():
     assert sample.latent_shape == (2, 2, 4, 4)
     assert torch.equal(batch["video"][0], sample.video)
     assert torch.equal(batch["pos_ids"][0], sample.pos_ids)
+    assert torch.equal(batch["loss_mask"][0], sample.loss_mask)
+    assert torch.equal(batch["t5_text_mask"][0, :3], sample.t5_text_mask)
     assert (sample.seq_len_q, sample.seq_len_kv) == (8, 3)
+
+
+def test_an_encode_sample_of_the_users_changes_what_ours_returns():
+    class Negative(BasicDiffusionTaskEncoder):
+        @stateless
+        def encode_sample(self, sample):
+            encoded = super().encode_sample(sample)
+            return DiffusionSample.extend(encoded, latent=-encoded.latent)
+
+    sample = tiny_sample(3)
+    ours = batch_of(BasicDiffusionTaskEncoder(), sample)
+    theirs = batch_of(Negative(), sample)
+    assert torch.equal(theirs["video"], -ours["video"])
+    assert ours["video"].any()

@@ -8,7 +8,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron.energon.state import FlexState
 
 from diffusion_data.errors import UserError
-from diffusion_data.loader_state import from_plain, refuse_changes, to_plain
+from diffusion_data.loader_state import from_plain, refuse_changes, refuse_foreign, to_plain
 
 
 def through_a_checkpoint(plain):
@@ -66,3 +66,14 @@ def test_changed_settings_are_refused_by_name():
     refuse_changes(saved, dict(saved))
     with pytest.raises(UserError, match="micro_batch_size was 1, now 4; num_workers was 2, now 0"):
         refuse_changes(saved, {"num_workers": 0, "micro_batch_size": 4, "seed": 0})
+
+
+def test_a_state_that_another_datamodule_saved_is_refused():
+    fields = {"batches_done", "settings"}
+    refuse_foreign({"batches_done": 1, "settings": {}}, fields, "DiffusionDataModule")
+    nemos = {"dataloader_state": [], "consumed_samples": 8}
+    with pytest.raises(UserError, match=r"this DiffusionDataModule saved \(it holds: consumed_samples, dataloader_st"):
+        refuse_foreign(nemos, fields, "DiffusionDataModule")
+    for other in ([1], {"batches_done": 1}, {"batches_done": 1, "settings": 3}, {"ranks": [], **dict.fromkeys(fields)}):
+        with pytest.raises(UserError, match="load its weights"):
+            refuse_foreign(other, fields, "DiffusionDataModule")
