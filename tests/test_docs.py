@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -125,44 +123,6 @@ def test_the_costs_of_scaling_are_measured(
     measured = run_here(tmp_path, f"{small} --files 3", monkeypatch, capsys).splitlines()
     assert [line.partition(":")[0] for line in measured] == ["source", "plan", "ledger", "ledger", "energon", "energon"]
     assert "100,000 shards of 10,000" in measured[1]
-
-
-def test_the_slurm_script_starts_a_job_and_hands_its_words_on(tmp_path: Path) -> None:
-    """Without Slurm: stand-ins for its two programs do what they do on one node."""
-    script = REPOSITORY / "scripts/prepare.sbatch"
-    for name, body in {
-        "srun": 'shift; exec "$@"',
-        "scontrol": "echo localhost",
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "PREPARE": str(REPOSITORY / "scripts/prepare_energon_dataset.py"),
-        "PROCESSES": "1",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "localhost",
-    }
-    (line,) = [line for line in commands("multi_node.rst") if line.startswith("sbatch")]
-    words = shlex.split(line)[3:]
-    assert words[0] == "recipe=media_caption"
-    pq.write_table(pa.table({"media": [picture_bytes(1)], "caption": ["a picture"]}), tmp_path / "rows.parquet")
-    words = [word.replace("rows/", "rows.parquet").replace("/shared/", "") for word in words]
-    finished = subprocess.run(
-        ["bash", script, *words, "media.short_side=48", "report=false"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "dataset: 1 rows = 1 written + 0 rejected" in finished.stdout
-    assert json.loads((tmp_path / "dataset/run/stats.json").read_text())["written"] == 1
 
 
 CONFIGS = {"prepare_energon_dataset.py": "prepare", "train.py": "train"}
