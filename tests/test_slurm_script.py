@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_source import source_rows, write_source
-from tests.test_docs import commands
-from tests.written_commands import REPOSITORY
+from tests.written_pages import REPOSITORY, commands
 
 SCRIPT = REPOSITORY / "scripts/prepare.sbatch"
 PROGRAMS = {
@@ -44,7 +43,7 @@ def process(row, *, media, flag):
 def words(tmp_path: Path) -> list[str]:
     """The words behind the script in docs/multi_node.rst, for three rows in three shards here."""
     write_source(tmp_path / "rows/part.parquet", source_rows(3))
-    (line,) = [line for line in commands("multi_node.rst") if line.startswith("sbatch")]
+    (line,) = [line for line in commands("docs/multi_node.rst") if line.startswith("sbatch")]
     launcher, nodes, script, *words = shlex.split(line)
     assert (launcher, nodes, script) == ("sbatch", "--nodes=4", "scripts/prepare.sbatch")
     assert words[0] == "recipe=media_caption"
