@@ -49,6 +49,11 @@ class Ranks:
         self._threads: list[threading.Thread] = []
 
     @classmethod
+    def alone(cls) -> Ranks:
+        """The only rank there is."""
+        return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, store=HashStore())
+
+    @classmethod
     def connect(cls) -> Ranks:
         """Join the other ranks that torchrun started.
 
@@ -61,7 +66,7 @@ class Ranks:
             for name in _OTHER_LAUNCHERS:
                 if int(os.environ.get(name, 1)) > 1:
                     raise UserError(f"{name}={os.environ[name]}: start several processes with torchrun")
-            return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, store=HashStore())
+            return cls.alone()
         with _lost_store_explained():
             store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_OF_SILENCE)))
         ranks = cls(

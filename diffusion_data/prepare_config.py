@@ -31,6 +31,9 @@ class TokenizerConfig:
     compile: bool = False
     channels_last: bool = False
 
+    def __post_init__(self) -> None:
+        _torch_dtype(self.dtype, "tokenizer.dtype")
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """None leaves it to the encoder."""
@@ -50,6 +53,9 @@ class TextEncoderConfig:
     cache_dir: str | None = None
     max_length: int = 512
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _torch_dtype(self.dtype, "text_encoder.dtype")
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

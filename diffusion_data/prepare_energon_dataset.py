@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -117,15 +118,18 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
     return forecast_text(forecast, shards, machines, config.text_encoder.max_length, config.max_reject_rate)
 
 
-def prepare_from_command_line(options: DictConfig) -> None:
-    prepare(options_to_dataclass(PrepareConfig, options, ""))
+def main(job: Callable[[PrepareConfig], object] = prepare) -> None:
+    """Entry point of scripts/prepare_energon_dataset.py and of diffusion-data-prepare.
 
-
-def main() -> None:
-    """Entry point of scripts/prepare_energon_dataset.py and of diffusion-data-prepare."""
+    job: what is done with the options that the command line gives
+    """
     sys.path.insert(0, os.getcwd())  # a process_func beside the user's recipe is found as `python -m` finds it
+
+    def with_options(options: DictConfig) -> None:
+        job(options_to_dataclass(PrepareConfig, options, ""))
+
     run(
-        prepare_from_command_line,
+        with_options,
         "prepare",
         hints={"source.path": "a parquet file, folder, glob or URL", "output_dir": "the dataset's folder"},
         interrupted="interrupted; what is finished is kept: run the same command again to go on",

@@ -1,38 +1,26 @@
-"""The pages of docs/: their commands and code run as they stand there, and what they name exists."""
+"""The pages of docs/: their commands and code run as they stand there."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from diffusion_data.command_line import run
-from diffusion_data.media import MediaLoader
+from diffusion_data import DiffusionDataModule
+from diffusion_data.latent_sample import sample_key
+from diffusion_data.testing import tiny_sample, write_dataset
 from tests.small_source import picture_bytes
-from tests.written_commands import PREPARE_SAMPLE, REPOSITORY, run_here
-
-DOCS = REPOSITORY / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.rst"))
-
-
-def commands(page: str) -> list[str]:
-    """The literal blocks' lines that start a program, with their continued lines."""
-    joined = (DOCS / page).read_text().replace("\\\n", " ")
-    return re.findall(r"^    ((?:python|torchrun|sbatch) .*)$", joined, re.MULTILINE)
-
-
-def code_block(page: str, language: str) -> str:
-    (found,) = re.findall(rf"\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", (DOCS / page).read_text())
-    return "\n".join(line[4:] for line in found.splitlines())
+from tests.written_commands import PREPARE_SAMPLE, run_here
+from tests.written_pages import code_block, commands, text_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ def folder(sample_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_gallerys_report_can_be_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare, again, elsewhere = commands("gallery.rst")
+    prepare, again, elsewhere = commands("docs/gallery.rst")
     assert prepare == PREPARE_SAMPLE
     run_here(folder, again, monkeypatch, capsys)
     page = (folder / "sample_dataset/run/report/index.html").read_text()
@@ -65,12 +53,12 @@ def test_the_gallerys_report_can_be_made_again(
 def test_the_disk_formats_commands_and_code_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, one = commands("disk_format.rst")
+    table, one = commands("docs/disk_format.rst")
     assert len(run_here(folder, table, monkeypatch, capsys).splitlines()) == 22
     run_here(folder, one, monkeypatch, capsys)
     assert (folder / "picture.png").stat().st_size > 1000
     names: dict[str, object] = {}
-    exec(code_block("disk_format.rst", "python"), names)
+    exec(code_block("docs/disk_format.rst", "python"), names)
     assert names["caption"].startswith("a brown square")  # type: ignore[attr-defined]
     assert tuple(names["latent"].shape) == (16, 1, 16, 22)  # type: ignore[attr-defined]
     assert names["text"].shape == (20, 1024)  # type: ignore[attr-defined]
@@ -79,7 +67,7 @@ def test_the_disk_formats_commands_and_code_run(
 def test_every_field_of_the_format_is_described() -> None:
     from diffusion_data.latent_sample import RESERVED_FIELDS
 
-    text = (DOCS / "disk_format.rst").read_text()
+    text = text_of("docs/disk_format.rst")
     described = {name for names in re.findall(r"^``([\w, ]+)``  ", text, re.MULTILINE) for name in names.split(", ")}
     assert described >= RESERVED_FIELDS
 
@@ -87,7 +75,7 @@ def test_every_field_of_the_format_is_described() -> None:
 def test_the_plan_of_several_nodes_is_told(
     sample_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    *_, plan = commands("multi_node.rst")
+    *_, plan = commands("docs/multi_node.rst")
     assert plan.startswith("torchrun --nproc_per_node=8 ")
     said = run_here(tmp_path, plan, monkeypatch, capsys)
     assert "plan: 56 rows, 56 of them looked at; nothing is written" in said
@@ -103,14 +91,14 @@ def test_the_plan_of_several_nodes_is_told(
 def test_the_recipe_of_films_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "films.py").write_text(code_block("recipes.rst", "python"))
+    (tmp_path / "films.py").write_text(code_block("docs/recipes.rst", "python"))
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe/films.yaml").write_text(code_block("recipes.rst", "yaml"))
+    (tmp_path / "recipe/films.yaml").write_text(code_block("docs/recipes.rst", "yaml"))
     rows = [{"file": "a.png", "title": "A \n Film", "place": "Rome", "year": 1960, "score": 0.9}]
     rows.append({**rows[0], "score": 0.1})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "films.parquet")
     (tmp_path / "a.png").write_bytes(picture_bytes(1))
-    plan, run = commands("recipes.rst")
+    plan, run = commands("docs/recipes.rst")
     assert "process_func_error 1 (1 seen)" in run_here(tmp_path, plan, monkeypatch, capsys)
     assert not (tmp_path / "films_dataset").exists()
     assert "2 rows = 1 written + 1 rejected" in run_here(tmp_path, run, monkeypatch, capsys)
@@ -122,88 +110,73 @@ def test_the_recipe_of_films_runs(
 def test_the_costs_of_scaling_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (command,) = [line for line in commands("scaling.rst") if "bench_scaling" in line]
+    (command,) = [line for line in commands("docs/scaling.rst") if "bench_scaling" in line]
     small = re.sub(r"--(\w+) \d+", lambda match: f"--{match[1]} 5", command)
     measured = run_here(tmp_path, f"{small} --files 3", monkeypatch, capsys).splitlines()
     assert [line.partition(":")[0] for line in measured] == ["source", "plan", "ledger", "ledger", "energon", "energon"]
     assert "100,000 shards of 10,000" in measured[1]
 
 
-def test_the_slurm_script_starts_a_job_and_hands_its_words_on(tmp_path: Path) -> None:
-    """Without Slurm: stand-ins for its two programs do what they do on one node."""
-    script = REPOSITORY / "scripts/prepare.sbatch"
-    for name, body in {
-        "srun": 'shift; exec "$@"',
-        "scontrol": "echo localhost",
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "PREPARE": str(REPOSITORY / "scripts/prepare_energon_dataset.py"),
-        "PROCESSES": "1",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "localhost",
+def test_the_datamodules_lines_run_under_a_trainer_and_in_a_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keys(pl.LightningModule):
+        """Trains on nothing, and knows what it has seen."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: list[str] = []
+
+        def training_step(self, batch: dict[str, Any]) -> torch.Tensor:
+            self.seen += batch["__key__"]
+            return self.weight * batch["loss_mask"].sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "my_dataset", [tiny_sample(row, aesthetic_score=row) for row in range(10)])
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
     }
-    (line,) = [line for line in commands("multi_node.rst") if line.startswith("sbatch")]
-    words = shlex.split(line)[3:]
-    assert words[0] == "recipe=media_caption"
-    pq.write_table(pa.table({"media": [picture_bytes(1)], "caption": ["a picture"]}), tmp_path / "rows.parquet")
-    words = [word.replace("rows/", "rows.parquet").replace("/shared/", "") for word in words]
-    finished = subprocess.run(
-        ["bash", script, *words, "media.short_side=48", "report=false"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", use_distributed_sampler=False, **quiet)  # type: ignore[arg-type]
+    names: dict[str, Any] = {"trainer": trainer, "model": Keys()}
+    exec(code_block("docs/training_data.rst", "python", "trainer.fit"), names)
+    right = {sample_key(row) for row in range(5, 10)}  # filters={"aesthetic_score": {"min": 5}}
+    assert len(names["model"].seen) == 4
+    assert set(names["model"].seen) < right
+    assert len(names["batch"]["__key__"]) == 4
+    assert set(names["batch"]["__key__"]) < right
+
+
+def test_the_bridge_to_nemo_cooks_what_nemo_expects() -> None:
+    """Up to NeMo's own class, which tests/test_nemo_reference.py has where there is one."""
+    text = code_block("docs/training_data.rst", "python", "Cooker")
+    ours, theirs = text.split("class TaskEncoder")
+    assert theirs.split() == ["(BasicDiffusionTaskEncoder):", "cookers", "=", "[Cooker(cook)]"]
+    names: dict[str, Any] = {}
+    exec(re.sub("^from nemo.*$", "", ours, flags=re.MULTILINE), names)
+    base = {"__key__": "a", "__restore_key__": (), "__subflavors__": {}}
+    for frames, axes in ((1, 2), (3, 3)):
+        sample = tiny_sample(0, (4, frames, 4, 4))
+        parts = {"pth": sample.latent, "pickle": sample.text_embedding, "json": sample.metadata}
+        cooked = names["cook"]({**base, **parts})
+        assert cooked["__key__"] == "a"
+        assert cooked["pth"] is sample.latent
+        assert cooked["pickle"].ndim == axes
+        assert cooked["json"] == {"aesthetic_score": 0.0, **sample.metadata}
+
+
+def test_the_test_of_a_model_runs(tiny_dataset: Path) -> None:
+    plugin, test = (
+        code_block("docs/training_data.rst", "python", part) for part in ("pytest_plugins", "def test_my_model_trains")
     )
-    assert finished.returncode == 0, finished.stderr
-    assert "dataset: 1 rows = 1 written + 0 rejected" in finished.stdout
-    assert json.loads((tmp_path / "dataset/run/stats.json").read_text())["written"] == 1
-
-
-CONFIGS = {"prepare_energon_dataset.py": "prepare", "train.py": "train"}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_give_options_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that nobody can wait for, or that take several machines."""
-    for words in map(shlex.split, commands(page)):
-        place, script = next((place, Path(word).name) for place, word in enumerate(words) if "scripts/" in word)
-        options = words[place + 1 :]
-        if script in CONFIGS and "--config-dir" not in options:
-            composed: list[object] = []
-            monkeypatch.setattr(sys, "argv", [script, *options])
-            run(composed.append, CONFIGS[script])
-            assert composed
-        elif script.endswith(".py"):
-            source = (REPOSITORY / "scripts" / script).read_text()
-            for option in (word for word in options if word.startswith("--") and word != "--config-dir"):
-                assert f'"{option}"' in source or f'"{option.replace("--no-", "--")}"' in source, (script, option)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_names_exists(page: str) -> None:
-    text = (DOCS / page).read_text()
-    for script in re.findall(r"scripts/(\w+\.(?:py|sbatch))", text):
-        assert (REPOSITORY / "scripts" / script).exists(), script
-    for test in re.findall(r"tests/(\w+\.py)", text):
-        assert (REPOSITORY / "tests" / test).exists(), test
-    for link in re.findall(r"<(\w+\.rst)>`_", text):
-        assert (DOCS / link).exists() or link == "rows.rst", link
-    for picture in re.findall(r"image:: (\S+)", text):
-        assert (DOCS / picture).exists(), picture
-    for recipe in set(re.findall(r"recipe=([a-z]\w*)", text)) - {"films"}:
-        assert (REPOSITORY / "configs/recipe" / f"{recipe}.yaml").exists(), recipe
-    options = set(re.findall(r"``([a-z_]+\.[a-z_]+)(?:=[^`]*)?``", text))
-    known = (DOCS / "options.rst").read_text()
-    for option in options:
-        if option.partition(".")[0] in ("media", "tokenizer", "text_encoder", "batching", "trainer"):
-            is_group = f"``{option}." in known
-            is_method = option.startswith("media.") and hasattr(MediaLoader, option.partition(".")[2])
-            assert f"``{option}``" in known or is_group or is_method, option
+    names: dict[str, Any] = {"DiffusionDataModule": DiffusionDataModule}
+    exec(plugin + test, names)
+    assert names["pytest_plugins"] == ["diffusion_data.pytest_plugin"]
+    assert find_spec(names["pytest_plugins"][0]) is not None
+    names["test_my_model_trains"](tiny_dataset)

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_source import picture_bytes
-from tests.written_commands import PREPARE_SAMPLE, REPOSITORY, run_here, run_in
+from tests.written_commands import PREPARE_SAMPLE, run_here, run_in
+from tests.written_pages import REPOSITORY, code_block, text_of
 
-README = (REPOSITORY / "README.rst").read_text()
+README = text_of("README.rst")
 
 
 def command(beginning: str) -> str:
@@ -22,12 +23,6 @@ def command(beginning: str) -> str:
     joined = README.replace("\\\n", " ")
     (found,) = [line.strip() for line in joined.splitlines() if line.strip().startswith(beginning)]
     return found
-
-
-def code_block(language: str, containing: str) -> str:
-    blocks = re.findall(rf"\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", README)
-    (found,) = [block for block in blocks if containing in block]
-    return "\n".join(line[4:] for line in found.splitlines())
 
 
 def test_the_first_command_makes_a_dataset(sample_dataset: Path) -> None:
@@ -65,7 +60,7 @@ def test_the_datamodule_lines_give_the_batch_they_describe(
 ) -> None:
     monkeypatch.chdir(sample_dataset.parent)
     names: dict[str, dict[str, object]] = {}
-    exec(code_block("python", "DiffusionDataModule"), names)
+    exec(code_block("README.rst", "python", "DiffusionDataModule"), names)
     described = set(
         re.findall(r"``(\w+)``", README[README.index("``batch`` is a dict") :].split("Both datamodules")[0])
     )
@@ -73,9 +68,9 @@ def test_the_datamodule_lines_give_the_batch_they_describe(
 
 
 def test_an_own_dataset_takes_one_function_and_one_recipe(tmp_path: Path) -> None:
-    (tmp_path / "my_dataset.py").write_text(code_block("python", "def pet"))
+    (tmp_path / "my_dataset.py").write_text(code_block("README.rst", "python", "def pet"))
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe/my_dataset.yaml").write_text(code_block("yaml", "my_dataset.pet"))
+    (tmp_path / "recipe/my_dataset.yaml").write_text(code_block("README.rst", "yaml", "my_dataset.pet"))
     rows = [{"photo": picture_bytes(1), "colour": "black", "animal": "cat"}]
     rows.append({"photo": b"no picture", "colour": "brown", "animal": "dog"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pets.parquet")
@@ -87,10 +82,3 @@ def test_an_own_dataset_takes_one_function_and_one_recipe(tmp_path: Path) -> Non
 
 def test_ci_runs_the_readmes_test_command() -> None:
     assert command("pip install -e '.[test]'") in (REPOSITORY / ".ci/run").read_text().splitlines()
-
-
-def test_every_recipe_and_script_the_readme_names_exists() -> None:
-    for script in re.findall(r"scripts/(\w+\.py)", README):
-        assert (REPOSITORY / "scripts" / script).exists()
-    for recipe in set(re.findall(r"recipe=(\w+)", README)) - {"my_dataset"}:
-        assert (REPOSITORY / "configs/recipe" / f"{recipe}.yaml").exists()

@@ -15,8 +15,8 @@ from diffusion_data.media_config import ClipsConfig, MediaConfig
 from diffusion_data.process_funcs import media_caption
 from tests.media_files import write_video
 from tests.small_source import write_source
-from tests.test_docs import commands
 from tests.written_commands import run_here
+from tests.written_pages import commands
 
 TEXT = (Path(__file__).parent.parent / "docs/video.rst").read_text()
 
@@ -40,7 +40,7 @@ def test_the_command_makes_clips(
 ) -> None:
     write_video(tmp_path / "a.mp4", 39, fps=5)
     write_source(tmp_path / "videos.parquet", [{"media": "a.mp4", "caption": "grey"}])
-    (command,) = commands("video.rst")
+    (command,) = commands("docs/video.rst")
     said = run_here(tmp_path, f"{command} media.short_side=32 num_workers=0 report=false", monkeypatch, capsys)
     assert "1 rows = 1 written + 0 rejected" in said
     assert "3 samples in 1 shards" in said  # frames 0 to 16, 10 to 26, 20 to 36
