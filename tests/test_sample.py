@@ -123,6 +123,17 @@ def test_a_mistake_is_told_in_a_line(
     assert told.count("\n") == 1, told
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "0.0001"])
+def test_a_rate_that_no_clip_can_have_is_refused(
+    run: Path, rate: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(run), str(tmp_path / "clips"), "--caption", "a", "--frames", "9", "--fps", rate])
+
+    assert ended.value.code == 2
+    assert f"argument --fps: invalid frames_per_second value: '{rate}'" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_does_not_tell_its_models_asks_for_them(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
