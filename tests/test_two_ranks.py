@@ -1,6 +1,7 @@
 """Two processes on the CPU: what each rank sees, and that a run killed at any step goes on as if it had not been.
 
-DIFFUSION_DATA_KILLS=10 kills that often instead of once or twice.
+DIFFUSION_DATA_TEST_ALL=1 kills the packed run as often as the padded one. DIFFUSION_DATA_TEST_SEED=N repeats the kills
+of the run that said so.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from tests.rank_processes import run_ranks
 from tests.tiny_dataset import tiny_samples, write_dataset
 
-KILLS = int(os.environ.get("DIFFUSION_DATA_KILLS", 0))
 STEPS = 12
+KILLS = 10
+KILLS_WITH_WORKERS = KILLS if os.environ.get("DIFFUSION_DATA_TEST_ALL") == "1" else 2  # whose starts take longer
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +47,59 @@ class Recorder(pl.LightningModule):
     def __init__(self, log: Path, kill_at: int | None) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
         self.log_path = log
         self.kill_at = kill_at
 
-    def note(self, kind: str, number: int, batch: dict[str, Any]) -> None:
+    def note(self, kind: str, number: Any, *what: Any) -> None:
         with self.log_path.open("a") as log:
-            log.write(json.dumps([kind, number, batch["__key__"], batch["seq_len_kv"].tolist()]) + "\n")
+            log.write(json.dumps([kind, number, *what]) + "\n")
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.layer(batch["video"].float().mean().view(1, 1)).sum()
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         if number == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.note("train", number, batch)
-        return self.layer(batch["video"].float().mean().view(1, 1)).sum()
+        self.note("train", number, batch["__key__"], batch["seq_len_kv"].tolist())
+        return self.loss(batch)
 
     def validation_step(self, batch: dict[str, Any], number: int) -> None:
-        self.note("val", number, batch)
+        self.note("val", [self.validation, number], batch["__key__"], batch["seq_len_kv"].tolist())
+        self.log("val_loss", self.loss(batch), batch_size=1, sync_dist=True)  # all ranks wait for each other here
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.note("val_loss", [self.validation, "all"], float(self.trainer.callback_metrics["val_loss"]))
+
+    @property
+    def validation(self) -> int | str:
+        return "sanity check" if self.trainer.sanity_checking else self.trainer.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class SaveEveryStep(pl.Callback):
+    """Lightning's ModelCheckpoint would save once more within the first step after a resume, without its gradients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step > self.saved_step:
+            self.saved_step = trainer.global_step
+            trainer.save_checkpoint(self.folder / f"step={self.saved_step}.ckpt")
+
+    def newest(self) -> Path | None:
+        steps = [int(path.stem.removeprefix("step=")) for path in self.folder.glob("*.ckpt")]
+        return self.folder / f"step={max(steps)}.ckpt" if steps else None
 
 
 def fit(
@@ -73,7 +109,7 @@ def fit(
     data = make_data(dataset, **options)
     rank = int(os.environ["RANK"])
     module = Recorder(folder / f"rank{rank}.jsonl", kill[1] if kill and kill[0] == rank else None)
-    checkpoints = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    checkpoints = SaveEveryStep(folder)
     trainer = pl.Trainer(
         max_steps=max_steps,
         accelerator="cpu",
@@ -88,12 +124,12 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[checkpoints],
+        enable_checkpointing=False,
     )
-    done = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
-    trainer.fit(module, data, ckpt_path=done[-1] if done else None)
+    trainer.fit(module, data, ckpt_path=checkpoints.newest())
 
 
-def seen(folder: Path, rank: int) -> Iterator[tuple[str, int, list[str], list[int]]]:
+def seen(folder: Path, rank: int) -> Iterator[tuple[Any, ...]]:
     for line in (folder / f"rank{rank}.jsonl").read_text().splitlines():
         yield tuple(json.loads(line))
 
@@ -105,6 +141,15 @@ def trained(folder: Path, rank: int) -> dict[int, Any]:
         if kind == "train":
             assert batches.setdefault(number, what) == what
     return batches
+
+
+def validated(folder: Path, rank: int) -> dict[tuple[int | str, int | str], Any]:
+    """(Step, batch) -> keys and text lengths, (step, "all") -> val_loss; the same each time it was done."""
+    validations: dict[tuple[int | str, int | str], Any] = {}
+    for kind, number, *what in seen(folder, rank):
+        if kind != "train":
+            assert validations.setdefault(tuple(number), what) == what
+    return validations
 
 
 CASES = {
@@ -127,8 +172,10 @@ def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
     for folder in (whole, killed):
         folder.mkdir()
     assert run_ranks(2, fit, dataset, whole, CASES[case], None) == [0, 0]
-    rng = random.Random(case)
-    kills = KILLS or (2 if CASES[case]["num_workers"] == 0 else 1)
+    seed = int(os.environ.get("DIFFUSION_DATA_TEST_SEED", random.randrange(10**6)))
+    print(f"DIFFUSION_DATA_TEST_SEED={seed}")
+    rng = random.Random(seed)
+    kills = KILLS_WITH_WORKERS if CASES[case]["num_workers"] else KILLS
     for place in sorted(rng.sample(range(2, 2 * STEPS), kills)):
         kill = (rng.randrange(2), place)
         assert -signal.SIGKILL in run_ranks(2, fit, dataset, killed, CASES[case], kill)
@@ -136,14 +183,15 @@ def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
     for rank in range(2):
         assert list(trained(whole, rank)) == list(range(2 * STEPS))
         assert trained(killed, rank) == trained(whole, rank)
+        assert validated(killed, rank) == validated(whole, rank)
     keys = [{key for keys, _ in trained(whole, rank).values() for key in keys} for rank in range(2)]
     assert not keys[0] & keys[1]
     texts = [length for lengths in trained(whole, 0).values() for length in lengths[1]]
     assert 1 in texts  # a dropped caption has one token
-    last_validation = [[entry for entry in seen(whole, rank) if entry[0] == "val"] for rank in range(2)]
-    if case == "padded":
-        validated = [key for entries in last_validation for entry in entries[-3:] for key in entry[2]]
-        assert sorted(int(key[-9:]) for key in validated) == [28, 29, 30, 31, 32]
+    for step in (4, 8, 12):
+        validations = [entry for rank in range(2) for entry in seen(whole, rank) if entry[0] == "val"]
+        rows = [int(key[-9:]) for _, (at, _), keys, _ in validations if at == step for key in keys]
+        assert sorted(rows) == [28, 29, 30, 31, 32]
 
 
 def plain_loop(dataset: Path, folder: Path, options: dict[str, Any], num_batches: int) -> None:
