@@ -18,6 +18,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
@@ -52,6 +54,10 @@ class Recorder(pl.LightningModule):
         self.log_path = log
         self.kill_at = kill_at
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
     def note(self, kind: str, number: Any, *what: Any) -> None:
         with self.log_path.open("a") as log:
             log.write(json.dumps([kind, number, *what]) + "\n")
@@ -79,7 +85,7 @@ class Recorder(pl.LightningModule):
         return "sanity check" if self.trainer.sanity_checking else self.trainer.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
 class SaveEveryStep(pl.Callback):
@@ -103,7 +109,12 @@ class SaveEveryStep(pl.Callback):
 
 
 def fit(
-    dataset: Path, folder: Path, options: dict[str, Any], kill: tuple[int, int] | None, max_steps: int = STEPS
+    dataset: Path,
+    folder: Path,
+    options: dict[str, Any],
+    kill: tuple[int, int] | None,
+    max_steps: int = STEPS,
+    sharded: bool = False,
 ) -> None:
     """A rank of a training run that goes on from its newest checkpoint. kill: (rank, micro batch)."""
     data = make_data(dataset, **options)
@@ -114,7 +125,7 @@ def fit(
         max_steps=max_steps,
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
-        strategy="ddp",
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False) if sharded else "ddp",
         plugins=[TorchElasticEnvironment()],
         logger=False,
         use_distributed_sampler=False,
@@ -150,6 +161,12 @@ def validated(folder: Path, rank: int) -> dict[tuple[int | str, int | str], Any]
         if kind != "train":
             assert validations.setdefault(tuple(number), what) == what
     return validations
+
+
+def validated_rows(folder: Path, step: int) -> list[int]:
+    """Of both ranks, which have unequally many."""
+    entries = [what for rank in range(2) for number, what in validated(folder, rank).items() if number[0] == step]
+    return sorted(int(key[-9:]) for keys, *_ in entries if isinstance(keys, list) for key in keys)
 
 
 CASES = {
@@ -188,10 +205,23 @@ def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
     assert not keys[0] & keys[1]
     texts = [length for lengths in trained(whole, 0).values() for length in lengths[1]]
     assert 1 in texts  # a dropped caption has one token
-    for step in (4, 8, 12):
-        validations = [entry for rank in range(2) for entry in seen(whole, rank) if entry[0] == "val"]
-        rows = [int(key[-9:]) for _, (at, _), keys, _ in validations if at == step for key in keys]
-        assert sorted(rows) == [28, 29, 30, 31, 32]
+    assert [validated_rows(whole, step) for step in (4, 8, 12)] == [[28, 29, 30, 31, 32]] * 3
+
+
+def test_a_run_with_sharded_weights_under_lightning_goes_on_as_if_uninterrupted(dataset: Path, tmp_path: Path) -> None:
+    folders = whole, resumed, alike = [tmp_path / name for name in ("whole", "resumed", "alike")]
+    for folder in folders:
+        folder.mkdir()
+    options = {"num_workers": 0}
+    for folder, steps, sharded in ((whole, 8, True), (resumed, 5, True), (resumed, 8, True), (alike, 8, False)):
+        assert run_ranks(2, fit, dataset, folder, options, None, steps, sharded) == [0, 0]
+    for rank in range(2):
+        assert list(trained(whole, rank)) == list(range(2 * 8))
+        assert trained(resumed, rank) == trained(whole, rank) == trained(alike, rank)
+        assert validated(resumed, rank) == validated(whole, rank) == validated(alike, rank)
+    assert [validated_rows(whole, step) for step in (4, 8)] == [[28, 29, 30, 31, 32]] * 2
+    weights, expected = (torch.load(folder / "step=8.ckpt", weights_only=True)["state_dict"] for folder in folders[1:])
+    torch.testing.assert_close(weights, expected)
 
 
 def plain_loop(dataset: Path, folder: Path, options: dict[str, Any], num_batches: int) -> None:
@@ -253,7 +283,6 @@ def test_lightning_goes_on_with_the_same_steps_on_another_number_of_ranks(datase
 def train_sharded(dataset: Path, folder: Path) -> None:
     """A rank of a plain loop with fully sharded weights, which waits for the others in every step."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
     data = make_data(dataset, num_workers=0, device_mesh=mesh)
