@@ -7,9 +7,11 @@ overlap. On a CPU batches run in threads, each batch wholly in one of them, so t
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ class BatchEncoder:
     num_threads: on a CPU; 0 encodes in the caller's thread, as a GPU does
     compile_full_batches: of so many pixels that another sample would exceed them; None compiles nothing. Smaller ones,
         the last of a shard, come in too many sizes
+    on_done: told of each batch when the device is done with it, in whatever thread: "frames" or "tokens", of how many
+        samples, and the seconds that the device took
     """
 
     def __init__(
@@ -40,13 +44,16 @@ class BatchEncoder:
         text_encoder: T5TextEncoder,
         num_threads: int,
         compile_full_batches: int | None = None,
+        on_done: Callable[[str, int, float], None] | None = None,
     ) -> None:
         self.device = tokenizer.device
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         self._compile_full_batches = compile_full_batches
         self._num_threads = 0 if self.device.type == "cuda" else num_threads
+        self._on_done = on_done
         self._threads: ThreadPoolExecutor | None = None
+        self._watcher: ThreadPoolExecutor | None = None  # waits for a GPU, so that nobody else has to
         self._running: deque[Future[Any]] = deque()
         self._fits: dict[tuple[str, int], int] = {}  # batches that did, after a larger one had not
         if self.device.type == "cuda":
@@ -56,21 +63,26 @@ class BatchEncoder:
         if self._num_threads:
             # A new thread has torch's setting only after its first parallel region: too late for oneDNN.
             self._threads = ThreadPoolExecutor(self._num_threads, "encoder", torch.set_num_threads, (1,))
+        if self.device.type == "cuda" and self._on_done is not None:
+            self._watcher = ThreadPoolExecutor(1, "batches done")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=error is not None)
+        for threads in (self._threads, self._watcher):
+            if threads is not None:
+                threads.shutdown(cancel_futures=error is not None)
 
     def encode_frames(self, batch: list[np.ndarray], record: BatchRecord) -> Future[Sequence[torch.Tensor]]:
         """uint8 (T, H, W, 3) each, all alike -> bfloat16 (C, t, h, w) each."""
-        return self._run("frames", self._frames, batch, batch[0].size, record)
+        return self._run("frames", self._frames, batch, batch[0].size, record, len(batch))
 
-    def encode_tokens(self, batch: list[list[int]], record: BatchRecord) -> Future[Sequence[torch.Tensor]]:
-        """Ids of each caption -> float16 (S, D) each."""
-        return self._run("tokens", self._tokens, batch, max(map(len, batch)), record)
+    def encode_tokens(
+        self, batch: list[list[int]], record: BatchRecord, num_samples: int
+    ) -> Future[Sequence[torch.Tensor]]:
+        """Ids of each caption -> float16 (S, D) each. num_samples: that have one of these captions."""
+        return self._run("tokens", self._tokens, batch, max(map(len, batch)), record, num_samples)
 
     def finished(self) -> torch.cuda.Event | None:
         """What to wait for, besides the futures, until results are on the host."""
@@ -87,19 +99,40 @@ class BatchEncoder:
         batch: list[Item],
         size: int,
         record: BatchRecord,
+        num_samples: int,
     ) -> Future[Sequence[torch.Tensor]]:
+        job = partial(self._halving, kind, encode, batch, size, record)
+        if self._on_done is not None:
+            job = partial(self._telling, job, partial(self._on_done, kind, num_samples))
         if self._threads is None:
             done: Future[Sequence[torch.Tensor]] = Future()
-            done.set_result(self._halving(kind, encode, batch, size, record))
+            done.set_result(job())
             return done
         while self._running and self._running[0].done():
             self._running.popleft()
         if len(self._running) >= _BATCHES_AHEAD * self._num_threads:
             with record.times.busy("wait_for_encoders"):
                 self._running.popleft().result()
-        future = self._threads.submit(self._halving, kind, encode, batch, size, record)
+        future = self._threads.submit(job)
         self._running.append(future)
         return future
+
+    def _telling(
+        self, job: Callable[[], Sequence[torch.Tensor]], tell: Callable[[float], None]
+    ) -> Sequence[torch.Tensor]:
+        """What `job` returns; `tell` gets its seconds as soon as its results are on the host."""
+        if self._watcher is None:
+            started = time.perf_counter()
+            results = job()
+            tell(time.perf_counter() - started)
+            return results
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True, blocking=True)
+        begin.record()
+        results = job()
+        end.record(self._copies_out)
+        self._watcher.submit(_tell_when_done, begin, end, tell)
+        return results
 
     def _halving(
         self,
@@ -165,6 +198,11 @@ class BatchEncoder:
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._copies_out)
         return host
+
+
+def _tell_when_done(begin: torch.cuda.Event, end: torch.cuda.Event, tell: Callable[[float], None]) -> None:
+    end.synchronize()
+    tell(begin.elapsed_time(end) / 1000)
 
 
 class BatchRecord:

@@ -221,7 +221,9 @@ def _check_shards(root: EPath, shards: dict[str, list[str]], counts: dict[str, A
 
 def _identity(root: EPath, shards: dict[str, list[str]], counts: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([shards, counts], sort_keys=True).encode())
-    fingerprint = root / "run" / "fingerprint.json"
-    if fingerprint.is_file():
-        digest.update(fingerprint.read_bytes())
+    # What this tool made says what of; of another's, energon's index has a number of its own.
+    for file in (root / "run" / "fingerprint.json", root / _META / "index.uuid"):
+        if file.is_file():
+            digest.update(file.read_bytes())
+            break
     return digest.hexdigest()

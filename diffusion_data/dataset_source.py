@@ -113,14 +113,15 @@ def open_source(path: DataPath) -> DatasetSource:
         return _blend_of_list(path)
     if str(path).endswith(".yaml"):
         file = _epath(path)
-        splits = _check_metadataset(file, 1)
+        texts: list[str] = []
+        splits = _check_metadataset(file, texts, 1)
         folders = [folder for listed in splits.values() for folder in listed]
         return DatasetSource(
             name=str(path),
             spec=file,
             folders=_each_once(folders),
             train_folders=_each_once(splits.get("train", [])),
-            identity=_digest([file.read_text(), *(folder.identity for folder in folders)]),
+            identity=_digest([*texts, *(folder.identity for folder in folders)]),
         )
     folder = check_dataset(path)
     return DatasetSource(
@@ -165,13 +166,17 @@ def _blend_of_list(parts: Sequence[Mapping[str, Any]]) -> DatasetSource:
     )
 
 
-def _check_metadataset(file: EPath, depth: int) -> dict[str, list[DatasetFolder]]:
-    """The dataset folders of each split of a metadataset, in the order in which it names them."""
+def _check_metadataset(file: EPath, texts: list[str], depth: int) -> dict[str, list[DatasetFolder]]:
+    """The dataset folders of each split of a metadataset, in the order in which it names them.
+
+    texts: gets what stands in it, and in each metadataset that it names
+    """
     if depth > _DEEPEST:
         raise UserError(f"{file}: metadatasets lie more than {_DEEPEST} deep in each other")
     if not file.is_file():
         raise UserError(f"{file} does not exist")
     fields = read_plain_mapping(file, allowed={*_METADATASET, "splits"})
+    texts.append(file.read_text())
     if {name: fields.get(name) for name in _METADATASET} != _METADATASET:
         raise UserError(
             f"{file}: a metadataset has the lines `__module__: megatron.energon`, `__class__: MetadatasetV2`"
@@ -179,13 +184,13 @@ def _check_metadataset(file: EPath, depth: int) -> dict[str, list[DatasetFolder]
     splits = fields.get("splits")
     if not isinstance(splits, dict) or not splits or not all(isinstance(split, dict) for split in splits.values()):
         raise UserError(f"{file}: splits must map train, val or test to a dataset or a blend")
-    return {name: _check_split(split, name, file, depth) for name, split in splits.items()}
+    return {name: _check_split(split, name, file, texts, depth) for name, split in splits.items()}
 
 
-def _check_split(split: dict[str, Any], name: str, file: EPath, depth: int) -> list[DatasetFolder]:
+def _check_split(split: dict[str, Any], name: str, file: EPath, texts: list[str], depth: int) -> list[DatasetFolder]:
     kinds = [kind for kind in _BLENDS if kind in split]
     if not kinds:
-        return _check_reference(split, name, None, file, depth)
+        return _check_reference(split, name, None, file, texts, depth)
     kind = kinds[0]
     _refuse_others(split, {kind, "subset"}, file)
     _check_subset(split.get("subset"), file)
@@ -195,12 +200,12 @@ def _check_split(split: dict[str, Any], name: str, file: EPath, depth: int) -> l
     for reference in split[kind]:
         if not isinstance(reference, dict):
             raise UserError(f"{file}: {kind} must be a list of datasets")
-        folders += _check_reference(reference, name, _BLENDS[kind], file, depth)
+        folders += _check_reference(reference, name, _BLENDS[kind], file, texts, depth)
     return folders
 
 
 def _check_reference(
-    reference: dict[str, Any], split: str, share: str | None, file: EPath, depth: int
+    reference: dict[str, Any], split: str, share: str | None, file: EPath, texts: list[str], depth: int
 ) -> list[DatasetFolder]:
     _refuse_others(reference, _REFERENCE_FIELDS | ({share} if share else set()), file)
     path = reference.get("path")
@@ -215,7 +220,7 @@ def _check_reference(
         _positive(reference[share], share, f"{file}: {path}")
     target = file.parent / path
     if target.is_file() and str(target).endswith(".yaml"):
-        return _check_metadataset(target, depth + 1).get(reference.get("split_part", split), [])
+        return _check_metadataset(target, texts, depth + 1).get(reference.get("split_part", split), [])
     return [check_dataset(str(target))]
 
 

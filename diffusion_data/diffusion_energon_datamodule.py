@@ -45,7 +45,7 @@ from diffusion_data.epoch_length import (
 from diffusion_data.errors import UserError
 from diffusion_data.late_reading import set_read_ahead
 from diffusion_data.latent_scaling import PER_CHANNEL, LatentScaling
-from diffusion_data.loader_state import to_plain
+from diffusion_data.loader_state import DATASET_NAME, to_plain
 from diffusion_data.packing import agreed, refuse_unfit_packing
 from diffusion_data.parallel_ranks import (
     DataParallel,
@@ -55,6 +55,7 @@ from diffusion_data.parallel_ranks import (
     gradient_accumulation_steps,
 )
 from diffusion_data.redistribution import fitted_state, rescale_batches
+from diffusion_data.skip_counts import all_skipped
 from diffusion_data.text_dropout import read_empty_caption
 from diffusion_data.training_stream import WholePasses
 
@@ -255,14 +256,14 @@ class DiffusionDataModule(LightningDataModule):
         length = settings["virtual_epoch_length"]
         if not self.repeat:
             share = length // max(1, config.num_workers)
-            dataset = WholePasses(dataset, share, self.task_encoder.skips, worker_config=config)
+            dataset = WholePasses(dataset, share, worker_config=config)
         loader = SavableDataLoader(dataset, **loader_options(config))
         self._set_up_loader(loader)
         self._saved = None
         if saved is not None:
             restore(loader, saved["ranks"][config.rank])
         done = 0 if saved is None else saved["batches_done"]
-        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=self._any_batch)
+        return TrainLoader(loader, length, self.task_encoder.skips, done, any_batch=partial(self._any_batch, "train"))
 
     def _finite_loader(self, split: str) -> ValLoader | list[Any]:
         self._ensure_set_up()
@@ -276,7 +277,13 @@ class DiffusionDataModule(LightningDataModule):
         make = partial(self._open_finite, split, config)
         if split in self._finite:
             self._finite[split].close()
-        self._finite[split] = ValLoader(make, length, self.task_encoder.skips, parallel=self._parallel())
+        self._finite[split] = ValLoader(
+            make,
+            length,
+            self.task_encoder.skips,
+            parallel=self._parallel(),
+            any_batch=partial(self._any_batch, split),
+        )
         return self._finite[split]
 
     def _open_finite(self, split: str, config: WorkerConfig) -> Any:
@@ -293,10 +300,18 @@ class DiffusionDataModule(LightningDataModule):
         self._set_up_loader(loader)
         return loader
 
-    def _any_batch(self) -> dict[str, Any]:
-        """A batch of training samples, outside of the stream."""
+    def _any_batch(self, split: str) -> dict[str, Any]:
+        """A batch of the split, outside of its loader.
+
+        Raises:
+            UserError: no sample of the split can be used.
+        """
         config = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=log_sample_error)
-        return next(iter(self._open_finite("train", config)))
+        with self.task_encoder.skips.counting_nothing():
+            batch = next(iter(self._open_finite(split, config)), None)
+        if batch is None:
+            raise all_skipped(self.task_encoder.skips)
+        return batch
 
     def _set_up_loader(self, loader: torch.utils.data.DataLoader[Any]) -> None:
         use_pinned_memory(loader, self.pin_memory)
@@ -339,6 +354,7 @@ class DiffusionDataModule(LightningDataModule):
         return {
             "stages_version": STAGES_VERSION,
             "dataset": self.source.identity,
+            DATASET_NAME: self.source.name,
             "data_parallel_size": config.world_size,
             "num_workers": config.num_workers,
             "micro_batch_size": self.micro_batch_size,

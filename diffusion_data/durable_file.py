@@ -14,7 +14,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +52,8 @@ class HashingFile:
 def durable_file(final: Path, before_rename: Callable[[], object] | None = None) -> Iterator[HashingFile]:
     """Write `final`: beside its name, flushed to disk, renamed, and the folder flushed.
 
-    Leaving by an exception, or after `discard`, removes what was written and leaves `final` as it was.
+    Leaving by an exception, or after `discard`, removes what was written and leaves `final` as it was. An OSError names
+    `final`, which is what the user knows.
 
     before_rename: called when all is flushed and only the renaming is left, the first moment at which `final` changes
     """
@@ -70,8 +71,12 @@ def durable_file(final: Path, before_rename: Callable[[], object] | None = None)
         if before_rename is not None:
             before_rename()
         partial.replace(final)
-    except BaseException:  # raised again; an interrupt must not leave half a file either
-        partial.unlink(missing_ok=True)
+    except BaseException as error:  # raised again; an interrupt must not leave half a file either
+        with suppress(OSError):  # what happened first is what has to be told
+            partial.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(partial):
+            error.filename = str(final)
+            del error.filename2
         raise
     flush_folder(final.parent)
 

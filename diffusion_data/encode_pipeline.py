@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -41,6 +41,7 @@ class EncodePipeline:
 
     num_threads: batches that a CPU encodes at a time, each in one thread; it changes no bit
     compiled: full batches of frames go through torch.compile
+    on_done: as BatchEncoder's
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class EncodePipeline:
         budgets: Budgets,
         num_threads: int = 0,
         compiled: bool = False,
+        on_done: Callable[[str, int, float], None] | None = None,
     ) -> None:
         self.text_encoder = text_encoder
         self.budgets = budgets
-        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads, budgets.pixels if compiled else None)
+        self.encoder = BatchEncoder(tokenizer, text_encoder, num_threads, budgets.pixels if compiled else None, on_done)
 
     def run(self, results: Iterable[tuple[Shard, DecodedRow | RejectedRow]]) -> Iterator[EncodedShard]:
         """Encode one shard's rows after the other's; yields a shard once its last row was taken."""
@@ -82,8 +84,12 @@ class EncodePipeline:
                     encoding = _ShardEncoding(self, shard)
                 encoding.add(result)
 
-    def encode_captions(self, captions: list[str], record: BatchRecord) -> tuple[dict[str, _Pending], int]:
-        """Each caption's float16 (S, D) on the host, perhaps not yet there; and how many were cut."""
+    def encode_captions(self, num_samples: Mapping[str, int], record: BatchRecord) -> tuple[dict[str, _Pending], int]:
+        """Each caption's float16 (S, D) on the host, perhaps not yet there; and how many were cut.
+
+        num_samples: that have the caption
+        """
+        captions = list(num_samples)
         if not captions:
             return {}, 0
         with record.times.busy("text_tokens"):
@@ -92,7 +98,8 @@ class EncodePipeline:
             num_cut = sum(len(each) > self.text_encoder.max_length for each in uncut)
         embeddings: dict[str, _Pending] = {}
         for batch in batches_by_length([len(each) for each in tokens], self.budgets.tokens):
-            encoded = self.encoder.encode_tokens([tokens[index] for index in batch], record)
+            samples = sum(num_samples[captions[index]] for index in batch)
+            encoded = self.encoder.encode_tokens([tokens[index] for index in batch], record, samples)
             embeddings.update((captions[index], _Pending(encoded, place)) for place, index in enumerate(batch))
         return embeddings, num_cut
 
@@ -190,7 +197,7 @@ class _ShardEncoding:
         for shape in list(self._waiting):
             self._encode(shape)
         rows = [each for each in self._results if isinstance(each, _Row)]
-        captions = list(dict.fromkeys(entry.sample.caption for row in rows for entry in row.entries))
+        captions = Counter(entry.sample.caption for row in rows for entry in row.entries)
         embeddings, captions_cut = self._pipeline.encode_captions(captions, self.record)
         finished = self._pipeline.encoder.finished()
         return EncodedShard(self.shard, self._results, embeddings, captions_cut, self.record, finished)

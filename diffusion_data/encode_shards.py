@@ -12,6 +12,7 @@ from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decode_workers import DecodeWorkers
 from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.encode_pipeline import EncodedShard, EncodePipeline
+from diffusion_data.encoded_share import EncodedCounts
 from diffusion_data.errors import UserError
 from diffusion_data.ledger import LedgerEntry
 from diffusion_data.prepare_config import PrepareConfig
@@ -25,9 +26,10 @@ _SHARDS_BEING_WRITTEN = 2  # finished by the device, not yet on disk: bounds mem
 
 def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: DecodeWorkers) -> None:
     """Claim, decode, encode and write until no shard is left; the four run at the same time."""
-    threads = share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
+    threads = num_encode_threads(config, ranks)
     encoders, compiled = job.encoders, config.tokenizer.compile
-    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled)
+    counts = EncodedCounts(ranks)
+    pipeline = EncodePipeline(encoders.tokenizer, encoders.text_encoder, job.budgets, threads, compiled, counts.add)
     num_encoders = 1 if encoders.tokenizer.device.type == "cuda" else max(1, threads)
     num_decoders = max(1, num_decode_workers(config, ranks))
     busy = BusyShares(ranks, {"decoding": num_decoders, "encoders": num_encoders, "writing": 1})
@@ -50,6 +52,7 @@ def encode_shards(config: PrepareConfig, ranks: Ranks, job: Job, workers: Decode
         while pending:
             finish_oldest()
         limit.count()
+        counts.tell()
 
 
 def _write(writer: ShardWriter, job: Job, busy: BusyShares, encoded: EncodedShard) -> LedgerEntry | None:
@@ -78,6 +81,11 @@ def decode_workers(config: PrepareConfig, ranks: Ranks, tokenizer: CosmosTokeniz
 
 def num_decode_workers(config: PrepareConfig, ranks: Ranks) -> int:
     return share_of_processors(ranks) if config.num_workers is None else config.num_workers
+
+
+def num_encode_threads(config: PrepareConfig, ranks: Ranks) -> int:
+    """On a CPU; 0 encodes in line."""
+    return share_of_processors(ranks) if config.encode_threads is None else config.encode_threads
 
 
 def share_of_processors(ranks: Ranks) -> int:

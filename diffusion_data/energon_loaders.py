@@ -21,7 +21,7 @@ from megatron.energon.worker import WorkerConfig
 from diffusion_data.errors import UserError
 from diffusion_data.parallel_ranks import DataParallel, any_rank
 from diffusion_data.shared_batch import SharedBatch
-from diffusion_data.skip_counts import SkipCounts, all_skipped
+from diffusion_data.skip_counts import SkipCounts
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ class TrainLoader:
         self._any_batch = any_batch
         self._stream: Iterator[Batch] | None = None
         self._batches_since_report = 0
-        self._reported: dict[str, int] = {}
         self._last: Batch | None = None
 
     def __len__(self) -> int:
@@ -76,7 +75,8 @@ class TrainLoader:
             self.batches_done = (self.batches_done + 1) % self._length
             self._batches_since_report += 1
             if self._batches_since_report == _BATCHES_A_REPORT:
-                self.report_skips()
+                self._batches_since_report = 0
+                self._skips.report()
             if batch:
                 self._last = batch
             else:
@@ -85,18 +85,11 @@ class TrainLoader:
             yield batch
             if self.batches_done == 0:
                 break
-        self.report_skips()
-
-    def report_skips(self) -> None:
-        """Log the skips by reason, if there are any that the last report didn't tell of."""
-        self._batches_since_report = 0
-        if self._skips.by_reason() != self._reported:
-            self._reported = self._skips.by_reason()
-            logger.info("samples skipped so far, by reason: %s", self._skips)
+        self._skips.report()
 
     def close(self) -> None:
         """End the workers now: left to the garbage collector, each is waited for 5 seconds."""
-        self.report_skips()
+        self._skips.report()
         if isinstance(self._stream, Generator):
             self._stream.close()
         self._stream = self.loader = self._last = None
@@ -116,15 +109,23 @@ class ValLoader:
 
     length: batches of the rank that has most; None where nobody can tell before they are made. The ranks then tell
         each other with every batch whether they have more.
+    any_batch: makes a batch of the split, whichever rank's, or raises; see `without_samples`
     """
 
     def __init__(
-        self, make: Callable[[], Any], length: int | None, skips: SkipCounts, *, parallel: DataParallel
+        self,
+        make: Callable[[], Any],
+        length: int | None,
+        skips: SkipCounts,
+        *,
+        parallel: DataParallel,
+        any_batch: Callable[[], Batch],
     ) -> None:
         self._make = make
         self._length = length
         self._skips = skips
         self._parallel = parallel
+        self._any_batch = any_batch
         self._idle_loader: Any = None
 
     def __len__(self) -> int:
@@ -137,17 +138,17 @@ class ValLoader:
         # that was left in the middle would go on there.
         loader, self._idle_loader = self._idle_loader or self._make(), None
         batches = _clear_errors(loader)
-        batch = first = next(batches, None)
-        if first is None:
-            raise all_skipped(self._skips)
+        batch = next(batches, None)
+        some = batch or self._any_batch()  # of another rank, if all samples of this one are skipped
         count = 0
         while self._goes_on(count, batch is not None):
             # One ahead: who counts batches, as Lightning does, never asks for the end.
             following = None if batch is None else next(batches, None)
             if following is None and loader is not None:
                 self._idle_loader, loader = loader, None
+                self._skips.report()
             count += 1
-            yield without_samples(first) if batch is None else batch
+            yield without_samples(some) if batch is None else batch
             batch = following
 
     def _goes_on(self, count: int, has_more: bool) -> bool:
@@ -157,6 +158,7 @@ class ValLoader:
 
     def close(self) -> None:
         """End the workers that wait for the next pass."""
+        self._skips.report()
         self._idle_loader = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from diffusion_data.shard_plan import Shard
 from diffusion_data.stored_size import tar_overhead_bytes
 
 _SHAPES_NAMED = 6
+_IDLE_TOLD = 0.1  # of the ranks' time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +20,23 @@ class Machines:
     """What the run would have.
 
     num_ranks: processes, one a GPU; without GPUs as many as share the processors
-    num_workers: decode processes of a rank
-    threads: of a rank, on a CPU; None on GPUs
+    ranks_per_node, processors_per_node: of the node where the plan is made; all are supposed to be alike
+    num_workers: decode processes of a rank; 0 decodes in line
+    encode_threads: batches that a rank encodes at a time on a CPU, 0 being one in line; None on GPUs
     price_per_hour: of one rank, in whatever currency; None tells no price
     """
 
     num_ranks: int
+    ranks_per_node: int
+    processors_per_node: int
     num_workers: int
-    threads: int | None
+    encode_threads: int | None
     price_per_hour: float | None
+
+    @property
+    def kind(self) -> str:
+        """What ranks are counted as."""
+        return "GPU" if self.encode_threads is None else "rank"
 
 
 def forecast_text(
@@ -48,7 +58,7 @@ def forecast_text(
             _captions(forecast, scale, max_length),
             f"  disk      {_size(expected_bytes(forecast, shards))} of shards, "
             f"{forecast.stored_bytes / forecast.samples / 1000:.0f} kB a sample",
-            *_time(forecast, num_rows, machines),
+            *_time(forecast, shards, machines),
         ]
     return "\n".join(lines)
 
@@ -61,24 +71,29 @@ def expected_bytes(forecast: Forecast, shards: Sequence[Shard]) -> int:
 
 def seconds_per_row(forecast: Forecast, machines: Machines) -> dict[str, float]:
     """How long a rank takes for a row, by what holds it up; the largest decides."""
-    decode, store, frames, captions, waiting = (
+    decode, store, encode, waiting = (
         seconds / forecast.looked_at
         for seconds in (
             forecast.decode_cpu_seconds,
             forecast.store_seconds,
-            forecast.frame_seconds,
-            forecast.caption_seconds,
+            forecast.frame_seconds + forecast.caption_seconds,
             forecast.decode_seconds,
         )
     )
-    workers = max(1, machines.num_workers)
-    if machines.threads is not None:
-        processors = max(machines.threads, workers)
-        return {
-            "the processors": (decode + store + frames + captions) / processors,
-            "fetching and decoding": waiting / workers,
-        }
-    return {"the GPU": frames + captions, "fetching and decoding": waiting / workers, "writing": store}
+    processors = machines.processors_per_node / machines.ranks_per_node
+    limits = {"fetching and decoding": waiting / max(1, machines.num_workers), "writing": store}
+    if machines.encode_threads is None:
+        return {"the GPU": encode, "the processors": (decode + store) / processors, **limits}
+    return {
+        "the processors": (decode + store + encode) / processors,
+        "encode_threads": encode / max(1, machines.encode_threads),
+        **limits,
+    }
+
+
+def rows_of_busiest_rank(shards: Sequence[Shard], num_ranks: int) -> int:
+    """Ranks work on whole shards and take the next as they become free: in turns, where rows take equally long."""
+    return max(sum(shard.num_rows for shard in shards[rank::num_ranks]) for rank in range(min(num_ranks, len(shards))))
 
 
 def _rejects(forecast: Forecast, num_rows: int, max_reject_rate: float) -> Iterator[str]:
@@ -100,12 +115,12 @@ def _rejects(forecast: Forecast, num_rows: int, max_reject_rate: float) -> Itera
 
 def _shapes(forecast: Forecast) -> Iterator[str]:
     shapes = forecast.latent_shapes.most_common()
-    yield f"  latents   {len(shapes)} shapes (C x T x H x W), commonest first:"
+    yield f"  latents   {_counted(len(shapes), 'shape')} (C x T x H x W), commonest first:"
     for shape, count in shapes[:_SHAPES_NAMED]:
         yield f"            {' x '.join(map(str, shape))}: {count / forecast.samples:.1%}"
     if len(shapes) > _SHAPES_NAMED:
         others = sum(count for _, count in shapes[_SHAPES_NAMED:])
-        yield f"            {len(shapes) - _SHAPES_NAMED} others: {others / forecast.samples:.1%}"
+        yield f"            {_counted(len(shapes) - _SHAPES_NAMED, 'other')}: {others / forecast.samples:.1%}"
     largest = max(shapes, key=lambda each: each[0][1] * each[0][2] * each[0][3])[0]
     yield f"            largest seen: {' x '.join(map(str, largest))}"
 
@@ -117,8 +132,8 @@ def _left_out(forecast: Forecast, scale: float) -> Iterator[str]:
         yield f"  videos    {left_out['seconds_left_out'] / seconds:.1%} of their time is in no sample"
     if left_out["clips_dropped"] or left_out["frames_cut"]:
         yield (
-            f"            about {round(left_out['clips_dropped'] * scale):,} clips too short, "
-            f"{round(left_out['frames_cut'] * scale):,} frames cut to lengths that are allowed"
+            f"            about {_counted(round(left_out['clips_dropped'] * scale), 'clip')} too short, "
+            f"{_counted(round(left_out['frames_cut'] * scale), 'frame')} cut to lengths that are allowed"
         )
 
 
@@ -132,30 +147,62 @@ def _captions(forecast: Forecast, scale: float, max_length: int) -> str:
     )
 
 
-def _time(forecast: Forecast, num_rows: int, machines: Machines) -> Iterator[str]:
+def _time(forecast: Forecast, shards: Sequence[Shard], machines: Machines) -> Iterator[str]:
     limits = seconds_per_row(forecast, machines)
     slowest = max(limits, key=limits.__getitem__)
-    hours = num_rows * limits[slowest] / machines.num_ranks / 3600
-    kind = "GPU" if machines.threads is None else "rank"
-    ranks = f"{machines.num_ranks} {kind}" + "s" * (machines.num_ranks > 1)
-    rate = machines.num_ranks / limits[slowest]
-    yield f"  time      {_duration(hours)} with {ranks}, {rate:,.1f} rows/s, held up by {slowest}"
+    num_rows, busiest = shards[-1].stop, rows_of_busiest_rank(shards, machines.num_ranks)
+    seconds = busiest * limits[slowest]
+    ranks = _counted(machines.num_ranks, machines.kind)
+    yield f"  time      {_duration(seconds)} with {ranks}, {num_rows / seconds:,.1f} rows/s, held up by {slowest}"
+    yield (
+        f"            {_counted(machines.ranks_per_node, machines.kind)} a node of "
+        f"{_counted(machines.processors_per_node, 'processor')}, "
+        f"{_counted(machines.num_workers, 'decode process')} each"
+    )
     parts = {
         "decoding": forecast.decode_cpu_seconds,
         "tokenizer": forecast.frame_seconds,
         "text encoder": forecast.caption_seconds,
         "writing": forecast.store_seconds,
     }
-    told = ", ".join(f"{part} {1000 * seconds / forecast.looked_at:.2f}" for part, seconds in parts.items())
-    yield f"            ms a row: {told}; {machines.num_workers} decode processes a {kind}"
+    told = ", ".join(f"{part} {1000 * each / forecast.looked_at:.2f}" for part, each in parts.items())
+    yield f"            ms a row: {told}"
+    yield from _idle(shards, machines, busiest)
     if machines.price_per_hour is not None:
-        yield f"  money     {hours * machines.num_ranks * machines.price_per_hour:,.2f}"
+        yield f"  money     {_amount(seconds / 3600 * machines.num_ranks * machines.price_per_hour)}"
 
 
-def _duration(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} seconds" if hours * 3600 >= 1.5 else "about a second"
-    return f"{hours * 60:.0f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
+def _idle(shards: Sequence[Shard], machines: Machines, busiest: int) -> Iterator[str]:
+    num_rows, num_ranks = shards[-1].stop, machines.num_ranks
+    idle = 1 - num_rows / (busiest * num_ranks)
+    if len(shards) < num_ranks:
+        enough = f", or a samples_per_shard of at most {num_rows // num_ranks}" if num_rows >= num_ranks else ""
+        yield (
+            f"            {num_ranks - len(shards):,} of the {_counted(num_ranks, machines.kind)} would have no shard: "
+            f"take fewer{enough}"
+        )
+    elif idle > _IDLE_TOLD:
+        yield (
+            f"            {idle:.0%} of their time they would wait for the last of {len(shards):,} shards: "
+            "lower samples_per_shard"
+        )
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _amount(money: float) -> str:
+    """To the cent, or two digits of what is less."""
+    digits = 1 - math.floor(math.log10(money)) if money > 0 else 2
+    return f"{money:,.{max(2, digits)}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "about a second"
+    return f"{seconds / 60:.0f} minutes" if seconds < 1.5 * 3600 else f"{seconds / 3600:,.1f} hours"
 
 
 def _size(number: int) -> str:

@@ -5,7 +5,7 @@ megabytes that have left the processor's caches when they are wanted, and that a
 order goes through the shuffle buffer as sample numbers. What is read last is used first.
 
 `read_ahead` samples are read by as many threads while the ones before them are used. While the system holds the samples
-in memory they are read when they are due: handing one over to a thread takes longer than copying it. The first that it
+in memory they are taken from there when they are due: handing one over to a thread would take longer. The first that it
 doesn't hold brings the threads in, for a while. None of that changes the order of the samples or what is saved of it.
 """
 

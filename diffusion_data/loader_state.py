@@ -24,6 +24,9 @@ from megatron.energon.state import FlexState
 
 from diffusion_data.errors import UserError
 
+DATASET_NAME = "dataset_name"
+"""The setting that says where `dataset`, an identity, lay; it may change."""
+
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -73,6 +76,12 @@ def from_plain(plain: Any) -> Any:
     return FlexState(items) if plain["kind"] == "flex" else dict(items)
 
 
+def _told(settings: dict[str, Any], name: str) -> str:
+    if name == "dataset" and DATASET_NAME in settings:
+        return f"{settings[DATASET_NAME]} ({settings[name][:12]})"
+    return repr(settings.get(name))
+
+
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Stop where a state would be restored into another stream of samples than it was saved from.
 
@@ -80,8 +89,8 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
         UserError: naming each setting that differs.
     """
     differing = [
-        f"{name} was {saved.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(saved.keys() | now.keys())
+        f"{name} was {_told(saved, name)}, now {_told(now, name)}"
+        for name in sorted((saved.keys() | now.keys()) - {DATASET_NAME})
         if saved.get(name) != now.get(name)
     ]
     if differing:

@@ -1,9 +1,9 @@
 """Local tars, open with their indexes: a sample's bytes with one system call, or none where the system has them.
 
-What the system holds in memory, as it does what was written or read lately, is mapped instead of copied: that takes a
-third of the time on a training machine's pages of 2 MB. Only such bytes are: a page that has to come from a disk would
-stop the interpreter, and where reading it fails the process is killed. So is one whose shard is cut off while it is
-mapped; what is replaced by renaming, as everything here is, stays as it was for those who have it open.
+What the system holds in memory, as it does what was written or read lately, is mapped, which saves a copy. Only that:
+a page that has to come from a disk stops the whole interpreter, and a failure to read it ends the process. So does
+cutting off a shard that is mapped; one that is replaced by renaming, as everything here is, stays as it was for those
+who have it open.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ class PrepareConfig:
     empty_captions: reject rows whose caption is null or empty, or embed them as the empty text
     retry_rejected: network tries rows again that were rejected for it, in shards that are finished; None doesn't
     report: write run/report/index.html when the dataset is finished; takes a minute at most, of one rank
-    plan: look at a few hundred rows, tell what the run would take and give, and write nothing
+    plan: look at a few hundred rows, tell what the run would take and give, and write nothing. Start it with as many
+        processes a node as the run will have: they share the node's processors, and the first works alone
     plan_gpus: GPUs (on a CPU: ranks) that the plan's hours are for; None for as many as were started
     plan_price: of one of them for an hour, in any currency; the plan then tells what the run costs
     """

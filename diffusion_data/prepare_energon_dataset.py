@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 
 from diffusion_data.batching import free_bytes
 from diffusion_data.command_line import options_to_dataclass, run
-from diffusion_data.distributed import Ranks
+from diffusion_data.distributed import Ranks, usable_cpus
 from diffusion_data.durable_file import explained
-from diffusion_data.encode_shards import decode_workers, encode_shards, num_decode_workers, share_of_processors
+from diffusion_data.encode_shards import decode_workers, encode_shards, num_decode_workers, num_encode_threads
 from diffusion_data.encoders import Encoders, load_encoders, set_up_torch
 from diffusion_data.finish import Totals, finish_dataset, read_one_batch
 from diffusion_data.forecast import make_forecast
@@ -105,8 +105,10 @@ def _forecast(config: PrepareConfig, ranks: Ranks, encoders: Encoders | None) ->
         shards = planned_shards(config, source, encoders)
         machines = Machines(
             num_ranks=config.plan_gpus or ranks.world_size,
+            ranks_per_node=ranks.local_world_size,
+            processors_per_node=usable_cpus(),
             num_workers=num_decode_workers(config, ranks),
-            threads=None if device.type == "cuda" else share_of_processors(ranks),
+            encode_threads=None if device.type == "cuda" else num_encode_threads(config, ranks),
             price_per_hour=config.plan_price,
         )
         with decode_workers(config, ranks, encoders.tokenizer) as workers:

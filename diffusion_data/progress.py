@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -14,23 +15,28 @@ from tqdm import tqdm
 
 from diffusion_data.busy_shares import busy_shares
 from diffusion_data.distributed import Ranks
+from diffusion_data.encoded_share import encoded_share
 from diffusion_data.errors import UserError
 
-ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE = "rows_done", "rows_rejected", "samples_done"
+ROWS_DECODED, ROWS_REJECTED, SAMPLES_DECODED = "rows_decoded", "rows_rejected", "samples_decoded"
 
 _SECONDS_BETWEEN_LINES = 15.0  # in a log file
 _SECONDS_BETWEEN_LOOKS = 0.5
-_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}<{remaining}{postfix}]"
+_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
 
 
 class Progress:
-    """Shows how far all ranks are: rows, samples/s, time left, rejects, how busy stages are. A context manager."""
+    """Shows how far all ranks are: rows, samples/s, time left, rejects, how busy stages are. A context manager.
+
+    Rows, rate and time are those of encoding: decoding runs ahead by up to some shards, and would promise too much.
+    """
 
     def __init__(self, ranks: Ranks, total_rows: int, done_before: int, stream: TextIO | None = None) -> None:
         self._ranks = ranks
         self._total_rows = total_rows
         self._done_before = done_before
         self._stream: TextIO | None = stream or sys.stderr  # which is None in a process without one
+        self._shown_rows = done_before
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -65,16 +71,12 @@ class Progress:
             initial=self._done_before,
             bar_format=_BAR,
             file=self._stream,
-            smoothing=0.1,
             dynamic_ncols=True,
         ) as bar:
             while True:
                 stopping = self._stopped.wait(_SECONDS_BETWEEN_LOOKS)
-                done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
-                rate = samples / (time.monotonic() - started)
-                bar.set_postfix_str(f"{rate:.1f} samples/s, {rejected} rejected{_busy(self._ranks)}", refresh=False)
-                if not bar.update(self._done_before + done - bar.n):
-                    bar.refresh()
+                bar.n, told = self._told(time.monotonic() - started, stopping)
+                bar.set_postfix_str(told)
                 if stopping:
                     return
 
@@ -82,21 +84,24 @@ class Progress:
         started = time.monotonic()
         while True:
             stopping = self._stopped.wait(_SECONDS_BETWEEN_LINES)
-            done, rejected, samples = map(self._ranks.count, (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE))
-            seconds = time.monotonic() - started
-            finished = self._done_before + done
-            if finished == self._total_rows:
-                left = "0:00:00 left" if stopping else "encoding the last"  # rows are counted when they are decoded
-            else:
-                left = f"{format_seconds((self._total_rows - finished) * seconds / done if done else None)} left"
-            print(
-                f"{finished}/{self._total_rows} rows, {samples / seconds:.1f} samples/s, {left}, "
-                f"{rejected} rejected{_busy(self._ranks)}",
-                file=self._stream,
-                flush=True,
-            )
+            rows, told = self._told(time.monotonic() - started, stopping)
+            print(f"{rows}/{self._total_rows} rows, {told}", file=self._stream, flush=True)
             if stopping:
                 return
+
+    def _told(self, seconds: float, stopping: bool) -> tuple[int, str]:
+        """Rows that are done, and the rest of the line."""
+        decoded, rejected, samples = map(self._ranks.count, (ROWS_DECODED, ROWS_REJECTED, SAMPLES_DECODED))
+        share = encoded_share(self._ranks, samples)
+        encoded, todo = decoded * share, self._total_rows - self._done_before
+        # The first captions show what they take: the share may fall then, but no row is taken back.
+        self._shown_rows = max(self._shown_rows, self._done_before + math.floor(encoded))
+        if encoded < todo:
+            left = f"{format_seconds((todo - encoded) * seconds / encoded if encoded else None)} left"
+        else:
+            left = "0:00:00 left" if stopping else "finishing the last"
+        rate = samples * share / seconds
+        return self._shown_rows, f"{rate:.1f} samples/s, {left}, {rejected} rejected{_busy(self._ranks)}"
 
 
 def _busy(ranks: Ranks) -> str:

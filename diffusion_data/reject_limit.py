@@ -16,7 +16,7 @@ from diffusion_data.distributed import Ranks
 from diffusion_data.errors import UserError
 from diffusion_data.finish import format_reasons
 from diffusion_data.ledger import LedgerEntry
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE
+from diffusion_data.progress import ROWS_DECODED, ROWS_REJECTED, SAMPLES_DECODED
 from diffusion_data.shard_plan import Shard
 
 _NEW_ROWS, _NEW_ROWS_REJECTED = "new_rows", "new_rows_rejected"  # those of progress, less those of gaining shards
@@ -70,14 +70,14 @@ class RejectLimit:
     ) -> Iterator[tuple[Shard, DecodedRow | RejectedRow]]:
         """Pass decoded rows on, counting them."""
         for shard, result in results:
-            self._untold[ROWS_DONE] += 1
+            self._untold[ROWS_DECODED] += 1
             self._untold[_NEW_ROWS] += shard.number not in self._standing.gaining
             if isinstance(result, RejectedRow):
                 reason = Counter([result.reason.value])
                 self._reject(shard.number, reason)
                 self._reasons_of_shard.setdefault(shard.number, Counter()).update(reason)
             else:
-                self._untold[SAMPLES_DONE] += len(result.samples)
+                self._untold[SAMPLES_DECODED] += len(result.samples)
             if time.monotonic() - self._counted_at > _SECONDS_BETWEEN_COUNTS:
                 self.count()
             yield shard, result
@@ -90,7 +90,7 @@ class RejectLimit:
 
     def count(self) -> None:
         """Tell the others, and see where all are."""
-        for counter in (ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE):
+        for counter in (ROWS_DECODED, ROWS_REJECTED, SAMPLES_DECODED):
             self._ranks.count(counter, self._untold[counter])
         rows = self._ranks.count(_NEW_ROWS, self._untold[_NEW_ROWS])
         rejected = self._ranks.count(_NEW_ROWS_REJECTED, self._untold[_NEW_ROWS_REJECTED])

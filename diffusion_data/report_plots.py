@@ -6,8 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusion_data.durable_file import durable_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_BARS = 12  # that a reader takes in at a glance
 
@@ -86,6 +90,12 @@ def _interval(start: float, width: float, whole: bool) -> str:
 
 def write_png(plot: Plot, path: Path) -> None:
     """The plot as a picture, for slides and chats; the page itself doesn't need it."""
+    with durable_file(path) as file:
+        draw(plot).savefig(file, format="png", metadata={"Software": None})  # type: ignore[arg-type]
+
+
+def draw(plot: Plot) -> Figure:
+    """From top to bottom in the order of its values."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a display
 
@@ -111,8 +121,7 @@ def write_png(plot: Plot, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_title(_plain(plot.title), color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
-    with durable_file(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})  # type: ignore[arg-type]
+    return figure
 
 
 def _plain(text: str) -> str:

@@ -9,9 +9,11 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+import torch
 from megatron.energon import SavableDataset, SkipSample, WorkerConfig
 from megatron.energon.wrappers import BlendDataset
 from megatron.energon.wrappers.base import BaseWrapperDataset
@@ -45,11 +47,15 @@ class SkipCounts:
     def __init__(self, more_reasons: Iterable[str] = ()) -> None:
         self._counts = SharedCounts([*(reason.value for reason in SkipReason), *more_reasons])
         self._logged: Counter[str] = Counter()
+        self._reported: dict[str, int] = {}
+        self._counts_nothing = False
         self.used = 0
         """Samples of this process that were not skipped."""
 
     def skip(self, key: str, reason: str, message: str) -> SkipSample:
         """Count and log a skip; the caller raises what is returned."""
+        if self._counts_nothing:
+            return SkipSample()
         name = reason.value if isinstance(reason, SkipReason) else reason
         self._counts.add(name)
         self._logged[name] += 1
@@ -61,6 +67,22 @@ class SkipCounts:
     def by_reason(self) -> dict[str, int]:
         """Skips of all workers so far, only the reasons that occurred."""
         return {reason: total for reason, total in self._counts.totals().items() if total}
+
+    @contextmanager
+    def counting_nothing(self) -> Iterator[None]:
+        """For looking at samples, in this process, beside those that are asked for."""
+        before, self._counts_nothing = self._counts_nothing, True
+        try:
+            yield
+        finally:
+            self._counts_nothing = before
+
+    def report(self) -> None:
+        """Log this rank's skips by reason, if there are any that the last report didn't tell of."""
+        totals = self.by_reason()
+        if totals != self._reported:
+            self._reported = totals
+            logger.warning("samples skipped so far%s, by reason: %s", _whose(), self)
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.by_reason().items()) or "none"
@@ -87,7 +109,8 @@ class StopWhenAllSkipped(BaseWrapperDataset[Any, Any]):
             yield sample
             skipped_in_a_row = 0 if self._skips.used > used_before else skipped_in_a_row + 1
             if skipped_in_a_row >= limit:
-                raise all_skipped(self._skips)
+                workers = self.worker_config.world_size * max(1, self.worker_config.num_workers)
+                raise all_skipped(self._skips) if workers == 1 else share_skipped(self._skips, workers)
 
     def _whole_passes(self) -> int:
         """So many samples in a row hold at least one of every dataset's usable ones, if there are any."""
@@ -104,8 +127,24 @@ class StopWhenAllSkipped(BaseWrapperDataset[Any, Any]):
         return self.dataset.config()
 
 
+def _whose() -> str:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return ""
+    return f" on rank {distributed.get_rank()}"
+
+
+def share_skipped(skips: SkipCounts, workers: int) -> UserError:
+    """The error for a worker, one of so many on all ranks, that has no usable sample; others may have some."""
+    return UserError(
+        f"one of the {workers} workers of all ranks can use no sample of its share, all were skipped (by reason on its "
+        f"rank: {skips}). Shares follow the order of the rows: mix them before they are prepared, use fewer workers or "
+        "ranks, or skip less"
+    )
+
+
 def all_skipped(skips: SkipCounts) -> UserError:
-    """The error for a dataset, or a rank's or worker's share of it, without a usable sample."""
+    """The error for a split without a usable sample."""
     return UserError(
         f"no sample could be used, all were skipped (by reason: {skips}); check data.seq_length, the patch "
         "sizes and the other limits of the task encoder against the dataset"

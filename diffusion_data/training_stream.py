@@ -18,7 +18,6 @@ from megatron.energon.wrappers.base import BaseWrapperDataset
 from diffusion_data.epoch_shuffle import EpochShuffle
 from diffusion_data.errors import UserError
 from diffusion_data.late_reading import shuffled as shuffled_passes
-from diffusion_data.skip_counts import SkipCounts, all_skipped
 
 Batch = dict[str, Any]
 Load = Callable[[LoadedDataset, int], SavableDataset[Any]]
@@ -83,20 +82,14 @@ class WholePasses(BaseWrapperDataset[Batch, Batch]):
     """Passes over a dataset of batches, one after another, each `length` batches long.
 
     A pass that ends before is filled with empty dicts, which `TrainLoader` turns into batches without samples. Every
-    worker of every rank gives equally many this way.
-
-    Raises:
-        UserError: a whole pass had no batch, since all samples of this worker were skipped.
+    worker of every rank gives equally many this way, also one whose samples were all skipped.
     """
 
     _savable_fields = ("_done", "_ended")
 
-    def __init__(
-        self, dataset: SavableDataset[Batch], length: int, skips: SkipCounts, *, worker_config: WorkerConfig
-    ) -> None:
+    def __init__(self, dataset: SavableDataset[Batch], length: int, *, worker_config: WorkerConfig) -> None:
         super().__init__(dataset, worker_config=worker_config)
         self._length = length
-        self._skips = skips
         self.reset_state_own()
 
     def reset_state_own(self) -> None:
@@ -113,8 +106,6 @@ class WholePasses(BaseWrapperDataset[Batch, Batch]):
                     self._done += 1
                     yield batch
                 self._ended = True
-            if self._done == 0:
-                raise all_skipped(self._skips)
             while self._done < self._length:
                 self._done += 1
                 yield {}

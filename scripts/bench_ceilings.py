@@ -64,7 +64,7 @@ def ceilings(
         return [encoder.encode_frames(frames, BatchRecord()) for _ in range(rounds)]
 
     def run_text_encoder(encoder: BatchEncoder) -> list[Future[Any]]:
-        return [encoder.encode_tokens(batch, BatchRecord()) for batch in batches]
+        return [encoder.encode_tokens(batch, BatchRecord(), len(batch)) for batch in batches]
 
     def ceiling(run: Run, samples: int) -> Ceiling:
         # Counted in this thread, which is the one that the counter sees, and before torch.compile hides the operations.

@@ -27,6 +27,7 @@ from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import tokenizer_of
 from diffusion_data.errors import UserError
 from diffusion_data.job_report import report_folder
+from diffusion_data.made_with import options_of_run
 from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.process_func_options import row_decoder
 from diffusion_data.report import write_report
@@ -44,11 +45,10 @@ def load_tokenizer(dataset: Path, name: str | None) -> CosmosTokenizer:
 
 def load_sources(dataset: Path, tokenizer: CosmosTokenizer) -> SourceFrames:
     """What run/config.yaml names: code of the dataset's maker runs."""
-    file = dataset / "run" / "config.yaml"
     try:
-        config = options_to_dataclass(PrepareConfig, with_defaults(yaml.safe_load(file.read_bytes())), "")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} can't be used: {error}") from error
+        config = options_to_dataclass(PrepareConfig, with_defaults(options_of_run(dataset)), "")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{dataset / 'run' / 'config.yaml'} can't be used: {error}") from error
     return SourceFrames(ParquetSource.open(config.source.path), row_decoder(config, tokenizer))
 
 

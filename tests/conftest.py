@@ -1,5 +1,7 @@
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,15 @@ def sample_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "56 rows = 56 written + 0 rejected" in finished.stdout
     assert "report: sample_dataset/run/report/index.html" in finished.stdout
     return folder / "sample_dataset"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A web server: see tests/fetching.py."""
+    from tests.fetching import serving
+
+    with serving(monkeypatch) as web:
+        yield web
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_threads_change_no_bit(tokenizer: CosmosTokenizer, text_encoder: T5TextE
     for num_threads in (0, 1, 3):
         with BatchEncoder(tokenizer, text_encoder, num_threads) as encoder:
             futures = [encoder.encode_frames(pictures(3, seed), BatchRecord()) for seed in range(12)]
-            futures.append(encoder.encode_tokens([[5, 6, 1], [7, 1]], BatchRecord()))
+            futures.append(encoder.encode_tokens([[5, 6, 1], [7, 1]], BatchRecord(), 2))
             results.append([torch.stack(list(future.result())) for future in futures[:-1]])
             results[-1] += futures[-1].result()
     assert [tensor.shape for tensor in results[0][-2:]] == [(3, 1024), (2, 1024)]
@@ -91,9 +92,9 @@ def test_a_batch_that_memory_does_not_suffice_for_is_halved_and_noted(
         torch.testing.assert_close(torch.stack(list(halves)), torch.stack(list(whole)), atol=0.01, rtol=0.02)
 
         captions = [[5, 6, 1], [7, 1], [8, 1]]
-        alone = encoder.encode_tokens(captions, BatchRecord()).result()
+        alone = encoder.encode_tokens(captions, BatchRecord(), 3).result()
         refuse_above(1, text_encoder, "encode_tokens", monkeypatch)
-        encoded = encoder.encode_tokens(captions, record).result()
+        encoded = encoder.encode_tokens(captions, record, 3).result()
         assert record.halved[3:] == ["3 tokens", "2 tokens"]
         assert [len(each) for each in encoded] == [3, 2, 2]
         for one, other in zip(alone, encoded, strict=True):
@@ -110,3 +111,53 @@ def test_too_little_memory_for_one_sample_is_told(
         pytest.raises(UserError, match="cpu has too little memory for one sample's frames: CUDA out of memory"),
     ):
         encoder.encode_frames(pictures(2), BatchRecord()).result()
+
+
+class Told:
+    """An on_done: the samples of each kind that were told, and whether each batch took time."""
+
+    def __init__(self) -> None:
+        self.samples: Counter[str] = Counter()
+        self.seconds: list[float] = []
+
+    def __call__(self, kind: str, num_samples: int, seconds: float) -> None:
+        self.samples[kind] += num_samples
+        self.seconds.append(seconds)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_a_batch_is_told_when_it_is_done(
+    tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    original = text_encoder.encode_tokens
+
+    def held(batch: list[list[int]]) -> list[torch.Tensor]:
+        assert go_on.wait(20)
+        return original(batch)
+
+    monkeypatch.setattr(text_encoder, "encode_tokens", held)
+    told = Told()
+    with BatchEncoder(tokenizer, text_encoder, num_threads, on_done=told) as encoder:
+        encoder.encode_frames(pictures(3), BatchRecord()).result()
+        assert told.samples == {"frames": 3}
+        if not num_threads:
+            go_on.set()
+        encoder.encode_tokens([[5, 6, 1], [7, 1]], BatchRecord(), 9)
+        assert told.samples["tokens"] == (0 if num_threads else 9)
+        go_on.set()
+    assert told.samples == {"frames": 3, "tokens": 9}
+    assert all(seconds > 0 for seconds in told.seconds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_on_a_gpu_is_told_when_the_gpu_is_done() -> None:
+    device = torch.device("cuda")
+    told = Told()
+    encoders = CosmosTokenizer.from_pretrained("tiny-cosmos", device=device), T5TextEncoder.from_pretrained("tiny-t5")
+    with BatchEncoder(*encoders, 0, on_done=told) as encoder:
+        for _ in range(3):
+            encoder.encode_frames(pictures(4), BatchRecord())
+    assert told.samples == {"frames": 12}
+    assert all(0 < seconds < 60 for seconds in told.seconds)

@@ -36,6 +36,16 @@ def test_a_copy_has_the_same_identity_and_another_dataset_has_not(dataset, tmp_p
     assert check_dataset(other).identity != check_dataset(dataset).identity
 
 
+def test_datasets_of_other_writers_with_equal_shards_are_told_apart(tmp_path):
+    """They have no fingerprint, and may have as many samples in shards of the same names."""
+    first, second = (
+        write_dataset(tmp_path / name, [tiny_sample(row) for row in range(start, start + 4)], per_shard=2)
+        for name, start in [("first", 0), ("second", 200)]
+    )
+    assert not (first / "run" / "fingerprint.json").exists()
+    assert check_dataset(first).identity != check_dataset(second).identity
+
+
 def refused(path, *words):
     with pytest.raises(UserError) as error:
         check_dataset(path)

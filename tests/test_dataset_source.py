@@ -139,6 +139,15 @@ def test_a_metadataset_may_name_another(folder):
     assert [str(each.path) for each in open_source(file).folders] == [str(folder / "b")]
 
 
+def test_a_change_in_a_metadataset_that_another_names_is_another_dataset(folder):
+    file = write_yaml(folder, "splits: {train: {blend: [{path: within.yaml}, {path: a}]}}", "around.yaml")
+    identities = []
+    for weight in (1, 50, 1):
+        write_yaml(folder, f"splits: {{train: {{blend: [{{path: b, weight: {weight}}}, {{path: a}}]}}}}", "within.yaml")
+        identities.append(open_source(file).identity)
+    assert identities[0] == identities[2] != identities[1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

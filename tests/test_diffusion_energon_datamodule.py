@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import warnings
 from collections import Counter
 
@@ -309,7 +310,7 @@ def test_refuses_to_resume_on_another_dataset_or_number_of_ranks(ten, seven_and_
     state = reference.state_dict()
     other = module(seven_and_three)
     other.load_state_dict(state)
-    with pytest.raises(UserError, match="dataset was"):
+    with pytest.raises(UserError, match=rf"dataset was {ten} \(\w{{12}}\), now {seven_and_three} \(\w{{12}}\); "):
         other.train_dataloader()
     as_rank(monkeypatch, 0, 2)
     two_ranks = module(ten, global_batch_size=2)
@@ -326,6 +327,16 @@ def test_a_dataset_whose_samples_are_all_skipped_stops(ten, num_workers):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no sample could be used"):
         rows(data.val_dataloader())
+
+
+def test_a_copy_of_the_dataset_elsewhere_resumes(ten, tmp_path):
+    shutil.copytree(ten, tmp_path / "copy")
+    reference = module(ten)
+    batches = iter(reference.train_dataloader())
+    next(batches)
+    resumed = module(tmp_path / "copy")
+    resumed.load_state_dict(reference.state_dict())
+    assert rows([next(iter(resumed.train_dataloader()))]) == rows([next(batches)])
 
 
 def test_skips_are_counted_across_workers(ten):

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain, repeat
+from types import SimpleNamespace
 from typing import TextIO
 
 import pytest
@@ -23,8 +25,9 @@ from torch.distributed import TCPStore
 from diffusion_data import distributed
 from diffusion_data.busy_shares import BusyShares, busy_shares
 from diffusion_data.distributed import Ranks
+from diffusion_data.encoded_share import EncodedCounts, encoded_share
 from diffusion_data.errors import UserError
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED, SAMPLES_DONE, Progress, format_seconds
+from diffusion_data.progress import ROWS_DECODED, ROWS_REJECTED, SAMPLES_DECODED, Progress, format_seconds
 
 
 def ranks(count: int) -> list[Ranks]:
@@ -164,11 +167,79 @@ def test_a_rank_takes_the_gpu_of_its_local_rank() -> None:
     assert one.device("auto") == torch.device("cuda", 0)
 
 
+def clock(monkeypatch: pytest.MonkeyPatch, first: float, then: float) -> None:
+    """What Progress reads as its beginning and as the time of every look."""
+    times = chain([first], repeat(then))
+    monkeypatch.setattr("diffusion_data.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
+
+
+def test_rows_rate_and_time_left_are_those_of_what_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 of 200 rows are decoded in 30 s. Of what encoding their samples takes, 20 + 15 of 30 + 30 s are done."""
+    first, second = ranks(2)
+    second.count(ROWS_DECODED, 150)
+    second.count(SAMPLES_DECODED, 300)
+    second.count(ROWS_REJECTED, 7)
+    for rank in (first, second):
+        counts = EncodedCounts(rank)
+        counts.add("frames", 100, 10.0)
+        counts.add("tokens", 75, 7.5)
+        counts.tell()
+    clock(monkeypatch, 100.0, 130.0)
+    log = io.StringIO()
+    with Progress(first, total_rows=220, done_before=20, stream=log):
+        pass
+    assert log.getvalue() == "107/220 rows, 5.8 samples/s, 0:00:39 left, 7 rejected\n"  # 87.5 rows, so 112.5 are left
+    with terminal(24, 120) as (stream, shown):
+        clock(monkeypatch, 100.0, 130.0)
+        with Progress(first, total_rows=220, done_before=20, stream=stream):
+            pass
+        assert re.search(r"107/220 rows \[\d\d:\d\d, 5.8 samples/s, 0:00:39 left, 7 rejected\]", shown())
+
+
+def test_when_the_first_captions_show_what_they_take_no_row_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = ranks(1)
+    one.count(ROWS_DECODED, 100)
+    one.count(SAMPLES_DECODED, 100)
+    counts = EncodedCounts(one)
+    counts.add("frames", 80, 8.0)
+    counts.tell()
+    clock(monkeypatch, 0.0, 10.0)
+    monkeypatch.setattr("diffusion_data.progress._SECONDS_BETWEEN_LINES", 0.02)
+    log = io.StringIO()
+    with Progress(one, total_rows=200, done_before=0, stream=log):
+        while not log.getvalue():
+            threading.Event().wait(0.01)
+        counts.add("tokens", 10, 4.0)
+        counts.tell()
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "80/200 rows, 8.0 samples/s, 0:00:15 left, 0 rejected"
+    assert lines[-1] == "80/200 rows, 2.4 samples/s, 0:01:13 left, 0 rejected"  # 12 of 50 s are done: 24 rows
+
+
+def test_what_is_encoded_is_told_every_so_often_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = ranks(1)
+    now = [50.0]
+    monkeypatch.setattr("diffusion_data.encoded_share.time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert encoded_share(one, 0) == 1.0
+    assert encoded_share(one, 8) == 0.0
+    counts = EncodedCounts(one)
+    counts.add("frames", 2, 1.0)
+    assert encoded_share(one, 8) == 0.0
+    now[0] = 50.6
+    counts.add("frames", 2, 1.0)
+    assert encoded_share(one, 8) == 0.5
+    counts.add("frames", 4, 2.0)
+    counts.add("tokens", 8, 1.0)
+    assert encoded_share(one, 8) == 0.5
+    counts.tell()
+    assert encoded_share(one, 8) == encoded_share(one, 7) == 1.0
+
+
 def test_a_log_file_gets_lines_with_rows_rate_time_left_and_rejects() -> None:
     first, second = ranks(2)
     log = io.StringIO()
     with Progress(first, total_rows=100, done_before=40, stream=log), Progress(second, 100, 40, log):
-        second.count(ROWS_DONE, 60)
+        second.count(ROWS_DECODED, 60)
         second.count(ROWS_REJECTED, 7)
     (line,) = log.getvalue().splitlines()  # the other rank is silent
     assert line.startswith("100/100 rows, ")
@@ -191,7 +262,7 @@ def test_busy_shares_are_those_of_the_time_that_each_rank_took(monkeypatch: pyte
     monkeypatch.undo()
     log = io.StringIO()
     with Progress(first, total_rows=100, done_before=40, stream=log):
-        first.count(ROWS_DONE, 60)
+        first.count(ROWS_DECODED, 60)
     assert "0 rejected; busy: decoding 19%, encoders 38%, writing 2%" in log.getvalue()
 
 
@@ -211,14 +282,17 @@ def test_a_terminal_gets_one_bar() -> None:
     time.sleep(0.01)
     with terminal(24, 120) as (stream, shown), terminal(24, 120) as (silent, silence):
         with Progress(first, total_rows=100, done_before=40, stream=stream), Progress(second, 100, 40, silent):
-            second.count(ROWS_DONE, 60)
-            second.count(SAMPLES_DONE, 90)
+            second.count(ROWS_DECODED, 60)
+            second.count(SAMPLES_DECODED, 90)
+            counts = EncodedCounts(second)
+            counts.add("frames", 90, 1.0)
+            counts.tell()
             second.count(ROWS_REJECTED, 7)
             busy.add({"tokenizer": 1e9})
         last = shown().split("\r")[-2]
         assert silence() == ""
     assert "100/100 rows [" in last
-    assert re.search(r"\d samples/s, 7 rejected; busy: decoding 0%, encoders 100%, writing 0%", last)
+    assert re.search(r"\d samples/s, 0:00:00 left, 7 rejected; busy: decoding 0%, encoders 100%, writing 0%", last)
 
 
 def test_a_terminal_of_unknown_size_gets_lines() -> None:
@@ -229,15 +303,15 @@ def test_a_terminal_of_unknown_size_gets_lines() -> None:
         assert shown().startswith("5/5 rows, 0.0 samples/s, 0:00:00 left, ")
 
 
-def test_rows_that_are_decoded_but_not_written_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_encoded_but_not_written_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = ranks(1)
     monkeypatch.setattr("diffusion_data.progress._SECONDS_BETWEEN_LINES", 0.02)
     log = io.StringIO()
-    one.count(ROWS_DONE, 5)
+    one.count(ROWS_DECODED, 5)
     with Progress(one, total_rows=5, done_before=0, stream=log):
         while not log.getvalue():
             time.sleep(0.01)
-    assert "samples/s, encoding the last, 0 rejected" in log.getvalue().splitlines()[0]
+    assert "samples/s, finishing the last, 0 rejected" in log.getvalue().splitlines()[0]
     assert "samples/s, 0:00:00 left, 0 rejected" in log.getvalue().splitlines()[-1]
 
 

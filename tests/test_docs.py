@@ -88,6 +88,7 @@ def test_the_plan_of_several_nodes_is_told(
     sample_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, plan = commands("multi_node.rst")
+    assert plan.startswith("torchrun --nproc_per_node=8 ")
     said = run_here(tmp_path, plan, monkeypatch, capsys)
     assert "plan: 56 rows, 56 of them looked at; nothing is written" in said
     assert not list(tmp_path.iterdir())
@@ -95,6 +96,7 @@ def test_the_plan_of_several_nodes_is_told(
     stats = json.loads((sample_dataset / "run/stats.json").read_text())
     assert float(megabytes) == pytest.approx(stats["num_bytes"] / 1e6, rel=0.1)
     assert "with 32 ranks" in said
+    assert "30 of the 32 ranks would have no shard" in said
     assert "money" in said
 
 

@@ -82,6 +82,19 @@ def test_what_is_discarded_or_fails_before_the_rename_leaves_what_was_there_befo
     assert (final.read_bytes(), os.listdir(tmp_path)) == (b"before", ["x.tar"])
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("nowhere/x.tar", FileNotFoundError), ("file/x.tar", NotADirectoryError), ("folder", IsADirectoryError)],
+)
+def test_a_name_that_cannot_be_written_is_told_as_it_was_given(tmp_path: Path, name: str, error: type[OSError]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(error) as raised, durable_file(tmp_path / name) as file:
+        file.write(b"abc")
+    assert str(raised.value) == f"[Errno {raised.value.errno}] {raised.value.strerror}: '{tmp_path / name}'"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 def test_only_partial_files_are_cleared(tmp_path: Path) -> None:
     (tmp_path / ".x.tar.12.partial").write_bytes(b"half")
     (tmp_path / "x.tar").write_bytes(b"whole")

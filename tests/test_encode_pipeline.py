@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -117,12 +118,19 @@ def test_a_caption_is_encoded_once_a_shard_and_in_batches_of_similar_length(
     tokenizer: CosmosTokenizer, text_encoder: T5TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Recorder(monkeypatch, text_encoder, "encode_tokens")
-    pipeline = EncodePipeline(tokenizer, text_encoder, Budgets(pixels=2 * 512 * 512, tokens=12))
+    told: Counter[str] = Counter()
+    pipeline = EncodePipeline(
+        tokenizer,
+        text_encoder,
+        Budgets(pixels=2 * 512 * 512, tokens=12),
+        on_done=lambda kind, num_samples, seconds: told.update({kind: num_samples}),
+    )
     captions = ["red", "red circle", "red", "red circle on the left of a blue background", "red circle"]
     rows = [decoded(row, caption=caption) for row, caption in enumerate(captions)]
     samples = samples_of(one_shard(pipeline.run((SHARD, row) for row in rows)))
     lengths = [len(text_encoder.tokenize([caption])[0]) for caption in captions]
     assert seen.batches == [(lengths[0], lengths[1]), (lengths[3],)]
+    assert told == {"frames": 5, "tokens": 5}
     for sample, caption in zip(samples, captions, strict=True):
         assert isinstance(sample, LatentSample)
         alone = text_encoder.encode([caption])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,16 @@ def test_a_shard_is_claimed_when_the_one_before_is_nearly_used_up(
     assert len(at_claim) == 4  # three shards of four rows, and to find that there is no other
     assert all(4 * number - 1 <= rows <= 4 * number for number, rows in enumerate(at_claim) if number)
     assert at_claim[0] == 0
+
+
+@pytest.mark.parametrize("encode_threads", [0, 2])
+def test_at_the_end_all_rows_are_shown_as_done(
+    encode_threads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = source_rows(10)
+    rows[2]["caption"] = None
+    source = write_source(tmp_path / "rows.parquet", rows)
+    capsys.readouterr()
+    prepare(prepare_config(source, tmp_path / "out", encode_threads=encode_threads, max_reject_rate=1.0))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"10/10 rows, \d+\.\d samples/s, 0:00:00 left, 1 rejected; busy: ", last)

@@ -100,6 +100,7 @@ def test_a_damaged_shard_shows_what_is_left_of_it(
         (["--key", "9"], "has no sample 9; its keys go from samples/sample_000000000 to samples/sample_000000003"),
         (["--key", "3", "--save", "clip.jpg"], ".jpg: a clip is written as .png, .webp, .gif, .mp4"),
         (["--save", "picture.png"], "--save needs --key"),
+        (["--key", "3", "--save", "nowhere/c.mp4"], "error: [Errno 2] No such file or directory: 'nowhere/c.mp4'\n"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(

@@ -17,7 +17,6 @@ from PIL import Image
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import Frames, MediaConfig, MediaLoader
 from tests.media_files import encoded, frame_numbers, gradient, write_video
-from tests.test_fetch import server  # noqa: F401 - a fixture
 
 RGB = gradient(64, 96)
 PNG = encoded(Image.fromarray(RGB), "PNG")
@@ -97,7 +96,7 @@ def test_reject_reasons_are_exact(tmp_path: Path, reference: Any, expected: Reas
 
 
 @pytest.mark.parametrize("start", ["", "\n", "\ufeff", "ID3\0"])
-def test_what_names_other_files_or_urls_opens_none(tmp_path: Path, server: Any, start: str) -> None:  # noqa: F811
+def test_what_names_other_files_or_urls_opens_none(tmp_path: Path, server: Any, start: str) -> None:
     video = write_video(tmp_path / "secret.ts", 3)
     for target in (
         str(video),

@@ -22,7 +22,6 @@ from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
 from tests.media_files import encoded, write_video
 from tests.small_source import clip_bytes, picture_bytes, prepare_config
-from tests.test_fetch import server  # noqa: F401 - a fixture
 from tests.test_sources import damage
 
 PNG = picture_bytes(0)
@@ -100,7 +99,7 @@ def table(rows: list[dict[str, Any]], caption: pa.DataType) -> pa.Table:
     )
 
 
-def test_every_reason_is_told_exactly_and_nothing_else_is_lost(tmp_path: Path, server: Any) -> None:  # noqa: F811
+def test_every_reason_is_told_exactly_and_nothing_else_is_lost(tmp_path: Path, server: Any) -> None:
     expected = bad_rows(tmp_path, server.url)
     source = tmp_path / "source"
     source.mkdir()

@@ -10,7 +10,7 @@ from diffusion_data.decoded_row import DecodedRow, RejectedRow
 from diffusion_data.distributed import Ranks
 from diffusion_data.errors import Reason, UserError
 from diffusion_data.ledger import LedgerEntry
-from diffusion_data.progress import ROWS_DONE, ROWS_REJECTED
+from diffusion_data.progress import ROWS_DECODED, ROWS_REJECTED
 from diffusion_data.reject_limit import RejectLimit, Standing
 from diffusion_data.shard_plan import Shard
 from tests.test_distributed import ranks
@@ -36,7 +36,7 @@ def test_what_passes_is_counted_for_all_ranks() -> None:
     first, second = ranks(2)
     assert pass_on(first, 0.05, 100, Reason.empty) == 101
     assert pass_on(second, 0.05, 50) == 50
-    assert (first.count(ROWS_DONE), second.count(ROWS_REJECTED)) == (151, 1)
+    assert (first.count(ROWS_DECODED), second.count(ROWS_REJECTED)) == (151, 1)
 
 
 def test_the_limit_is_of_all_ranks_together_and_the_reasons_are_told() -> None:
@@ -124,4 +124,4 @@ def test_a_shard_that_gains_rows_is_never_stopped_for_those_that_it_still_lacks(
     assert sum(1 for _ in limit.watch(results(600, *[Reason.fetch_error] * 400))) == 1000
     limit.shard_written(entry(*[Reason.fetch_error] * 390, *[Reason.non_finite_latent] * 10))
     limit.count()
-    assert (only.count(ROWS_DONE), only.count(ROWS_REJECTED)) == (1000, 410)
+    assert (only.count(ROWS_DECODED), only.count(ROWS_REJECTED)) == (1000, 410)

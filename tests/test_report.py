@@ -8,53 +8,29 @@ import io
 import json
 import math
 import shutil
-import sys
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from diffusion_data.cosmos_tokenizer import CosmosTokenizer
 from diffusion_data.decoded_sample import decode_sample, psnr_db
 from diffusion_data.media import MediaLoader
+from diffusion_data.prepare_config import PrepareConfig
 from diffusion_data.prepare_energon_dataset import prepare
 from diffusion_data.process_funcs import MediaSample, media_caption
-from diffusion_data.scripts.report_dataset import main
+from diffusion_data.report_facts import Facts, gather_facts
+from diffusion_data.report_html import report_page
+from diffusion_data.report_plots import Bars, write_png
 from diffusion_data.shard_reader import read_shard
+from diffusion_data.spread_samples import find_shards
+from tests.report_page import HOSTILE, Page
 from tests.small_source import picture_bytes, prepare_config, source_rows, write_source
-from tests.tiny_dataset import tiny_sample, write_dataset
-
-HOSTILE = '</title><script>alert(1)</script><img src=x onerror="alert(2)"> & "quotes\''
-
-
-class Page(HTMLParser):
-    """Tags, and the rows of its tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self._cell = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        self._cell = tag in ("th", "td")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell and self.rows:
-            self.rows[-1].append(data)
-        self._cell = False
-
-    def images(self) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == "img"]
+from tests.tiny_dataset import tiny_sample
 
 
 def opened(image: dict[str, str | None]) -> Image.Image:
@@ -92,10 +68,41 @@ def test_the_job_writes_a_page_and_plots(prepared: Path, page: str) -> None:
     assert ["truncated", "1"] in rows
 
 
+def test_page_and_plots_are_of_the_facts_and_nothing_else(prepared: Path, page: str, tmp_path: Path) -> None:
+    plots = gather_facts(prepared, find_shards(prepared)).plots
+    assert len(plots) >= 8
+    drawn = {path.stem: path.read_bytes() for path in (prepared / "run/report").glob("*.png")}
+    for plot in plots:
+        write_png(plot, tmp_path / f"{plot.name}.png")
+    assert drawn == {plot.name: (tmp_path / f"{plot.name}.png").read_bytes() for plot in plots}
+    tables = Page(page).tables
+    assert list(tables) == [plot.title for plot in plots]
+    for plot in plots:
+        if isinstance(plot, Bars):
+            told = {name: (float(value.replace(",", "")), share) for name, (share, value) in tables[plot.title].items()}
+            longest = max(plot.values.values())
+            assert told == {
+                name: (value, pytest.approx(100 * value / longest, abs=0.01)) for name, value in plot.values.items()
+            }
+
+
 def test_latent_means_are_those_of_the_statistics(prepared: Path, page: str) -> None:
     stats = json.loads((prepared / "run/stats.json").read_text())
-    told = f"{stats['latent_mean'][3]:+.2f} ± {stats['latent_std'][3]:.2f}".replace("-", "−")
-    assert ["3", told] in Page(page).rows
+    means, deviations = stats["latent_mean"], stats["latent_std"]
+    lowest = min(mean - deviation for mean, deviation in zip(means, deviations, strict=True))
+    highest = max(mean + deviation for mean, deviation in zip(means, deviations, strict=True))
+    table = Page(page).tables["Latent mean and deviation by channel"]
+    for channel in range(16):
+        told = f"{means[channel]:+.2f} ± {deviations[channel]:.2f}".replace("-", "−")
+        drawn = 200 * deviations[channel] / (highest - lowest)
+        assert table[str(channel)] == (pytest.approx(drawn, abs=0.01), told)
+
+
+def test_what_only_waited_is_drawn_paler(tmp_path: Path) -> None:
+    values = {"decode": 3.0, "waiting for decoding": 2.0, "write": 0.0}
+    bars = Bars(name="times", title="Times", unit="s", values=values, muted=frozenset({"waiting for decoding"}))
+    page = report_page("dataset", Facts(numbers={}, plots=[bars], notes=[]), [])
+    assert [attributes["class"] for tag, attributes in Page(page).tags if tag == "i"] == ["", "muted", "none"]
 
 
 def test_a_hostile_caption_stays_text(page: str) -> None:
@@ -172,6 +179,12 @@ def test_psnr_of_known_pictures() -> None:
     assert psnr_db(black, black + 255) == 0
 
 
+def config_of(function: Callable[..., MediaSample], prepared: Path, dataset: Path) -> PrepareConfig:
+    """The job that made `prepared`, by a process function of these tests, into another folder."""
+    process_func = {"_target_": f"{__name__}.{function.__name__}", "dataset": str(dataset)}
+    return prepare_config(prepared.parent / "source.parquet", dataset, report=True, process_func=process_func)
+
+
 def blocks_the_report(row: dict[str, Any], *, media: MediaLoader, dataset: str) -> MediaSample:
     """Puts a file where the report's folder should be, when the report has begun."""
     if (Path(dataset) / "run/stats.json").exists():
@@ -183,9 +196,7 @@ def test_the_job_is_not_failed_by_its_report(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = tmp_path / "dataset"
-    process_func = {"_target_": f"{__name__}.blocks_the_report", "dataset": str(dataset)}
-    config = prepare_config(prepared.parent / "source.parquet", dataset, report=True, process_func=process_func)
-    totals = prepare(config)
+    totals = prepare(config_of(blocks_the_report, prepared, dataset))
     assert totals is not None
     assert totals.written == 11
     assert (dataset / ".nv-meta/dataset.yaml").exists()
@@ -214,8 +225,7 @@ def test_a_report_that_was_interrupted_is_written_by_the_same_command_and_nothin
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = tmp_path / "dataset"
-    process_func = {"_target_": f"{__name__}.interrupts_the_report", "dataset": str(dataset)}
-    config = prepare_config(prepared.parent / "source.parquet", dataset, report=True, process_func=process_func)
+    config = config_of(interrupts_the_report, prepared, dataset)
     with pytest.raises(KeyboardInterrupt):
         prepare(config)
     made = {path: path.stat().st_mtime_ns for path in [*dataset.glob("shard_*"), *dataset.glob("run/ledger/*")]}
@@ -248,90 +258,3 @@ def test_no_report_of_what_was_there_before_outlives_a_change(prepared: Path, tm
     prepare(prepare_config(prepared.parent / "source.parquet", dataset, report=False))
     assert (dataset / ".nv-meta/dataset.yaml").exists()
     assert not (dataset / "run/report").exists()
-
-
-def test_the_script_shows_no_source_unless_it_is_told_to(prepared: Path, tmp_path: Path) -> None:
-    """A dataset from elsewhere names a function to call and files to read: nobody has asked for either."""
-    copy = shutil.copytree(prepared, tmp_path / "copy")
-    config = yaml.safe_load((copy / "run/config.yaml").read_text())
-    config["process_func"] = {"_target_": "tests.test_report.must_not_run"}
-    del config["report"], config["media"]["min_side"]  # as an earlier version wrote it
-    (copy / "run/config.yaml").write_text(yaml.safe_dump(config))
-    main([str(copy), "--output", str(tmp_path / "alone"), "--samples", "2"])
-    assert str(Page((tmp_path / "alone/index.html").read_text()).images()[0]["alt"]).startswith("decoded: ")
-    assert not CALLS
-    main([str(copy), "--output", str(tmp_path / "both"), "--samples", "2", "--sources"])
-    assert CALLS
-
-
-def test_the_script_finds_a_process_function_where_it_is_started(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = shutil.copytree(prepared, tmp_path / "copy")
-    config = yaml.safe_load((copy / "run/config.yaml").read_text())
-    (tmp_path / "beside_the_dataset.py").write_text("from diffusion_data.process_funcs import media_caption as pet\n")
-    config["process_func"] = {"_target_": "beside_the_dataset.pet"}
-    (copy / "run/config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    main(["copy", "--samples", "2", "--sources"])
-    assert (copy / "run/report/index.html").read_text().count("PSNR <b>") == 2
-
-
-CALLS: list[object] = []
-
-
-def must_not_run(row: dict[str, object], *, media: object) -> None:
-    CALLS.append(row)
-
-
-def test_the_script_on_a_dataset_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4), caption_extra=HOSTILE) for row in range(6)]
-    samples.append(
-        tiny_sample(6, latent_shape=(16, 3, 4, 6), framerate=12.0, start_seconds=1.5, end_seconds=2.25, mirrored=True)
-    )
-    dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
-    main([str(dataset)])
-    page = (dataset / "run/report/index.html").read_text()
-    assert "No pictures are shown: " in page
-    assert not Page(page).images()
-    assert ["32x32", "6"] in Page(page).rows
-    assert ["12", "1"] in Page(page).rows
-    assert "they are those of 7 samples" in page
-
-    main([str(dataset), "--tokenizer", "tiny-cosmos"])
-    page = (dataset / "run/report/index.html").read_text()
-    assert [str(image["alt"]) for image in Page(page).images()[:2]] == ["decoded: caption 0", "decoded: caption 1"]
-    assert "1.50 to 2.25 s of its source" in page
-    assert page.count("mirrored copy") == 1
-    assert "PSNR <b>" not in page
-
-
-def test_a_broken_shard_and_odd_metadata_are_told_not_fatal(tmp_path: Path) -> None:
-    samples = [tiny_sample(row, latent_shape=(16, 1, 4, 4)) for row in range(8)]
-    samples[2].metadata.update(height="tall", framerate="fast")
-    samples[3].metadata.update(framerate=float("1e300"), caption=["no", "text"], num_frames="one")
-    dataset = write_dataset(tmp_path / "elsewhere", samples, with_stats=False)
-    (dataset / "shard_000001.tar").write_bytes((dataset / "shard_000001.tar").read_bytes()[:1500])
-    (dataset / "run").mkdir()
-    (dataset / "run/stats.json").write_text('{"rejected": [], "rows": "many"}')
-    main([str(dataset), "--tokenizer", "tiny-cosmos"])
-    page = (dataset / "run/report/index.html").read_text()
-    assert "run/stats.json can&#x27;t be used" in page
-    assert "2 samples have metadata that can&#x27;t be used" in page
-    assert "shard_000001.tar can&#x27;t be read" in page
-    assert ["32x32", "2"] in Page(page).rows
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [(["nowhere"], "nowhere is not a folder"), (["."], "holds no .tar file"), ([".", "--samples", "0"], "--samples")],
-)
-def test_a_mistake_is_told_in_a_line(
-    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err

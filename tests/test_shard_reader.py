@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from diffusion_data.shard_reader import read_keys, read_shard
-from diffusion_data.spread_samples import spread_samples
 from tests.tiny_dataset import tiny_sample
 
 
@@ -40,20 +39,6 @@ def test_those_that_are_wanted_are_read_and_no_others(tmp_path: Path) -> None:
     keys = list(read_keys(path))
     assert keys == [f"samples/sample_{row:09d}" for row in range(3)]
     assert [sample.key for sample in read_shard(path, {keys[0], keys[2]})] == [keys[0], keys[2]]
-
-
-def test_samples_from_all_over_a_shard_and_one_line_of_what_is_damaged(tmp_path: Path) -> None:
-    whole = shard(tmp_path / "a.tar", *(member for row in range(150) for member in sample_members(row)))
-    problems: list[str] = []
-    assert [sample.key[-3:] for sample in spread_samples([whole], 4, problems)] == ["000", "050", "099", "149"]
-    cut_off = tmp_path / "b.tar"
-    cut_off.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    assert problems == []
-    found = [int(sample.key[-3:]) for sample in spread_samples([cut_off], 3, problems)]
-    assert found[0] == 0
-    assert 30 < found[1] < 45
-    (told,) = problems
-    assert told.startswith("b.tar can't be read: ")
 
 
 def test_folders_links_and_devices_are_passed_by(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Frames by timestamp, upright, in the right colours, of one stream; no more decoded than needed."""
+"""Frames by timestamp, upright, in the right colours; no more decoded than needed."""
 
 from __future__ import annotations
 
@@ -16,23 +16,9 @@ from diffusion_data.clips import ClipCutter
 from diffusion_data.errors import Reason, RowRejected
 from diffusion_data.media import MediaConfig
 from diffusion_data.resize import ResizePlan
-from diffusion_data.video import DecodedVideo, FrameClock, decode_video, turn_upright
-from tests.media_files import frame_numbers, gradient, level, write_video
-
-
-def as_it_is(height: int, width: int) -> ResizePlan:
-    return ResizePlan(cover_height=height, cover_width=width, height=height, width=width)
-
-
-def decode(path: Path, num_frames: int = 1000, **options: Any) -> DecodedVideo:
-    with path.open("rb") as file:
-        return decode_video(file, MediaConfig(**options), as_it_is, ClipCutter(num_frames))
-
-
-def reason(path: Path, **options: Any) -> Reason:
-    with pytest.raises(RowRejected) as rejected:
-        decode(path, **options)
-    return rejected.value.reason
+from diffusion_data.video import FrameClock, decode_video, turn_upright
+from tests.decoded_video import as_it_is, decode, reason
+from tests.media_files import frame_numbers, gradient, write_video
 
 
 def reason_of(data: bytes, num_frames: int) -> Reason:
@@ -198,38 +184,6 @@ def test_non_square_pixels_become_square(tmp_path: Path) -> None:
     video = decode(path)
     assert video.pixels.shape == (1, 64, 128, 3)
     assert (video.source_height, video.source_width) == (64, 96)
-
-
-def test_two_video_streams_are_not_mixed(tmp_path: Path) -> None:
-    path = tmp_path / "a.mkv"
-    with av.open(str(path), "w") as output:
-        streams: list[Any] = []
-        for height, width in ((32, 48), (64, 96)):
-            stream: Any = output.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            streams.append(stream)
-        for number in range(8):
-            for stream, value in zip(streams, (255, level(number)), strict=True):
-                picture = np.full((stream.height, stream.width, 3), value, np.uint8)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts = number
-                output.mux(stream.encode(frame))
-        for stream in streams:
-            output.mux(stream.encode())
-    video = decode(path)
-    assert video.pixels.shape == (8, 64, 96, 3)
-    assert frame_numbers(video.pixels) == list(range(8))
-
-
-def test_sound_without_pictures_has_no_frames(tmp_path: Path) -> None:
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as output:
-        stream: Any = output.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 2048), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    assert reason(path) == Reason.no_frames
 
 
 @pytest.mark.parametrize(
