@@ -242,7 +242,7 @@ def test_validation_without_a_val_split_is_refused(
 
 
 LAYOUTS = {
-    "padded": ["data.micro_batch_size=2", "data.global_batch_size=4"],
+    "padded": ["data.micro_batch_size=2", "data.global_batch_size=4", "trainer.val_every_n_steps=2"],
     "packed": [
         "data.micro_batch_size=1",
         "data.global_batch_size=2",
@@ -265,7 +265,7 @@ def test_a_run_on_a_dataset_resumes_with_the_same_samples_and_losses(
     dataset = make_tiny_dataset(17, per_shard=1, split={"train": 14, "val": 3})
     options = [*DATASET, *LAYOUTS[layout], f"data.path={dataset}", "data.task_encoder.text_dropout=0.3"]
     options += ["data.shuffle_buffer_size=4", "data.task_encoder.latent_scaling=per_channel"]
-    options += ["trainer.val_every_n_steps=2", "ema.decay=0.9"]
+    options += ["ema.decay=0.9"]
     keys: list[list[str]] = []
     train_step = DiffusionLightningModule.training_step
 
@@ -284,9 +284,10 @@ def test_a_run_on_a_dataset_resumes_with_the_same_samples_and_losses(
     assert len({key for batch in expected for key in batch}) == 14
     assert keys == expected
     assert losses(tmp_path, "resumed") == losses(tmp_path, "whole")
-    validations = [(tmp_path / run / "validation.csv").read_text() for run in ("whole", "resumed")]
-    assert validations[0].count("\n") == 4
-    assert validations[1] == validations[0]
+    if layout == "padded":
+        validations = [(tmp_path / run / "validation.csv").read_text() for run in ("whole", "resumed")]
+        assert validations[0].count("\n") == 4
+        assert validations[1] == validations[0]
 
 
 def test_the_average_of_the_weights_is_saved_beside_them(whole_run: Path) -> None:
