@@ -54,7 +54,8 @@ class TrainerOptions:
     val_batches: int
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints"):
+        counts = "max_steps", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints", "val_batches"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.accelerator not in ("auto", "cpu", "cuda"):

@@ -112,9 +112,9 @@ class Metrics(Callback):
             raise UserError("the training data ended at once: a loader without batches would be asked forever")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        val_loss = trainer.callback_metrics.get("val_loss")
-        if val_loss is None or self._tensorboard is None:  # no val split, or not rank 0
+        if self._tensorboard is None:  # not rank 0
             return
+        val_loss = trainer.callback_metrics["val_loss"]
         self._tensorboard.add_scalar("val_loss", val_loss, trainer.global_step)
         with (self._output_dir / VALIDATION_FILE).open("a", newline="") as file:
             csv.writer(file).writerow([trainer.global_step, float(val_loss)])

@@ -373,6 +373,7 @@ def assert_same_checkpoint(saved: dict[str, Any], expected: dict[str, Any]) -> N
         ([*TINY, "trainer.strategy=fsdp"], "trainer.strategy=fsdp is for several processes"),
         ([*TINY, "optimizer.schedule=linear"], "schedule must be constant or cosine, got 'linear'"),
         ([*TINY, "trainer.max_steps=0"], "trainer: max_steps must be at least 1, got 0"),
+        ([*TINY, "trainer.val_batches=0"], "trainer: val_batches must be at least 1, got 0"),
         ([*TINY, "data.global_batch_size=3", "data.micro_batch_size=2"], "global_batch_size=3 is not divisible"),
         ([*TINY, "data.task_encoder.filters.num_frames.min=2"], "leave out fake samples (num_frames_out_of_bounds "),
         ([*TINY, "model.patch_channels=64"], "the model expects 64; set model.patch_channels=8"),
