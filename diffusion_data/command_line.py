@@ -44,7 +44,8 @@ def run(
 
     hints: option -> what to give for it, told when a required option is missing.
     interrupted: told after Ctrl-C, or SIGTERM, which a scheduler sends.
-    open_options: mappings whose keys are the user's own: OPTION.KEY=VALUE needs no + before it, as Hydra asks for.
+    open_options: mappings whose keys are the user's own: OPTION.KEY=VALUE needs no + before it, as Hydra asks for, and
+        OPTION={...} replaces what a config or experiment has there.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as after Ctrl-C
     debug = any(os.environ.get(name) == "1" for name in ("DIFFUSION_DATA_DEBUG", "HYDRA_FULL_ERROR"))
@@ -160,8 +161,7 @@ def _compose(config_name: str, open_options: Sequence[str]) -> list[DictConfig]:
     decorate = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     before, words = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
-    opened = tuple(f"{option}." for option in open_options)
-    sys.argv = [f"++{word}" if word.startswith(opened) else word for word in words]
+    sys.argv = [each for word in words for each in _opened(word, open_options)]
     try:
         decorate(keep)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -174,6 +174,14 @@ def _compose(config_name: str, open_options: Sequence[str]) -> list[DictConfig]:
     if unresolved:
         raise UserError(_explain(unresolved[0])) from unresolved[0]
     return composed
+
+
+def _opened(word: str, open_options: Sequence[str]) -> list[str]:
+    """A word of the command line as Hydra has to be told it, if it sets an open option or a key in one."""
+    option, assigns, _ = word.partition("=")
+    if assigns and any(f"{option}.".startswith(f"{each}.") for each in open_options):
+        return [f"++{option}=null", f"++{word}"]  # Hydra would merge a mapping into the one that is there
+    return [word]
 
 
 def config_folder() -> Path:

@@ -185,6 +185,12 @@ def read_captions(given: Sequence[str], file: Path | None) -> list[str]:
     return captions
 
 
+def frames_per_second(text: str) -> float:
+    if not 0.001 <= float(text) <= 1000:  # what write_clip can put into a file
+        raise ValueError
+    return float(text)
+
+
 def parse(words: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file, or the folder of a run, for its last one")
@@ -195,7 +201,7 @@ def parse(words: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--height", type=positive, help="pixels; default: the size most frequent in the dataset")
     parser.add_argument("--width", type=positive)
     parser.add_argument("--frames", type=positive, default=1, help="1: a picture; more: a clip")
-    parser.add_argument("--fps", type=float, default=24.0, help="of a clip")
+    parser.add_argument("--fps", type=frames_per_second, default=24.0, help="of a clip")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--guidance", type=float, default=3.0, help="1: none, and twice as fast")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_data.command_line import build_target, options_to_dataclass, run
 from diffusion_data.errors import UserError
+from diffusion_data.scripts.checkpoint_file import refuse_unfit_checkpoint
 from diffusion_data.scripts.diffusion_lightning_module import (
     DiffusionLightningModule,
     LossOptions,
@@ -52,7 +54,8 @@ class TrainerOptions:
     val_batches: int
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints"):
+        counts = "max_steps", "log_every_n_steps", "checkpoint_every_n_steps", "keep_checkpoints", "val_batches"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.accelerator not in ("auto", "cpu", "cuda"):
@@ -93,9 +96,18 @@ def _fit(config: DictConfig) -> None:
     torch.set_float32_matmul_precision("high")
     datamodule = build_target(options.data, "data")
     datamodule.setup("fit")  # what is wrong with the data is told before anything else is done
+    if options.trainer.val_every_n_steps:
+        _require_val_split(datamodule)
     model = build_target(options.model, "model")
     provenance = provenance_of(options.model, datamodule, options.loss.sigma_data)
     module = DiffusionLightningModule(model, options.loss, options.optimizer, options.ema, options.seed, provenance)
+    if ckpt_path is not None:
+        refuse_unfit_checkpoint(
+            ckpt_path,
+            model_options=options.model,
+            weights=module.state_dict(),
+            datamodule=type(datamodule).__qualname__,
+        )
     throughput = Throughput()
     metrics = Metrics(output_dir, OmegaConf.to_yaml(config), options.trainer.log_every_n_steps, throughput)
     checkpoints = Checkpoints(
@@ -194,6 +206,14 @@ def _checkpoint_to_continue(ckpt_path: str | None, output_dir: Path) -> Path | N
     if (output_dir / METRICS_FILE).exists() and int(os.environ.get("RANK", 0)) == 0:
         raise UserError(f"output_dir={output_dir} holds a run; continue it with ckpt_path=last or choose another")
     return None
+
+
+def _require_val_split(datamodule: LightningDataModule) -> None:
+    if datamodule.val_dataloader() == []:
+        raise UserError(
+            "trainer.val_every_n_steps: there is no val split to validate on; prepare one (split_ratio), set "
+            "data.use_train_split_for_val=true, or leave val_every_n_steps out"
+        )
 
 
 def _summary(metrics: Metrics, step: int, seconds: float, output_dir: Path) -> str:

@@ -58,6 +58,7 @@ class Metrics(Callback):
         self._rows: list[dict[str, Any]] = []
         self._losses_on_device: list[torch.Tensor] = []
         self._started = 0.0
+        self._seconds_before = 0.0  # of this run's earlier starts
         self._last_step = 0
         self._learning_rate = 0.0
         self._progress: _Progress | None = None
@@ -71,7 +72,8 @@ class Metrics(Callback):
         if trainer.is_global_zero:
             self._output_dir.mkdir(parents=True, exist_ok=True)  # not before: a run that can't start leaves nothing
             (self._output_dir / "config.yaml").write_text(self._resolved_config)
-            _keep_rows(self._output_dir / METRICS_FILE, COLUMNS, until_step=trainer.global_step)
+            kept = _keep_rows(self._output_dir / METRICS_FILE, COLUMNS, until_step=trainer.global_step)
+            self._seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
             if trainer.limit_val_batches:
                 _keep_rows(self._output_dir / VALIDATION_FILE, VALIDATION_COLUMNS, until_step=trainer.global_step)
             self._tensorboard = SummaryWriter(str(self._output_dir / "tensorboard"), purge_step=trainer.global_step + 1)
@@ -99,7 +101,7 @@ class Metrics(Callback):
             {
                 "step": trainer.global_step,
                 "learning_rate": self._learning_rate,
-                "seconds": round(time.monotonic() - self._started, 3),
+                "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
             }
         )
         if len(self._rows) >= self._every_n_steps or trainer.global_step == trainer.max_steps:
@@ -110,9 +112,9 @@ class Metrics(Callback):
             raise UserError("the training data ended at once: a loader without batches would be asked forever")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        val_loss = trainer.callback_metrics.get("val_loss")
-        if val_loss is None or self._tensorboard is None:  # no val split, or not rank 0
+        if self._tensorboard is None:  # not rank 0
             return
+        val_loss = trainer.callback_metrics["val_loss"]
         self._tensorboard.add_scalar("val_loss", val_loss, trainer.global_step)
         with (self._output_dir / VALIDATION_FILE).open("a", newline="") as file:
             csv.writer(file).writerow([trainer.global_step, float(val_loss)])
@@ -245,8 +247,11 @@ class _Progress:
             self._bar.close()
 
 
-def _keep_rows(path: Path, columns: tuple[str, ...], until_step: int) -> None:
-    """Start a csv file, or, when a run goes on from a checkpoint, drop the rows that come after it."""
+def _keep_rows(path: Path, columns: tuple[str, ...], until_step: int) -> list[dict[str, str]]:
+    """Start a csv file, or, when a run goes on from a checkpoint, drop the rows that come after it.
+
+    Returns the rows that are left.
+    """
     kept: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="") as file:
@@ -257,3 +262,4 @@ def _keep_rows(path: Path, columns: tuple[str, ...], until_step: int) -> None:
         writer.writeheader()
         writer.writerows(kept)
     os.replace(temporary, path)
+    return kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from diffusion_data.command_line import build_target
 from diffusion_data.errors import UserError
 from diffusion_data.latent_scaling import LatentScaling
+from diffusion_data.scripts.checkpoint_file import read_checkpoint
 
 _PREFIXES = {"ema": "ema.model.", "trained": "model."}
 """Of the two sets of weights in a checkpoint's state dict."""
@@ -77,14 +77,8 @@ def load_trained_model(path: Path, weights: str | None, device: str) -> TrainedM
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint") from error
-    provenance = checkpoint.get("provenance") if isinstance(checkpoint, dict) else None
-    if provenance is None:
-        raise UserError(f"{path} is no checkpoint of this version's train.py: it doesn't tell its model")
-    state = checkpoint["state_dict"]
+    checkpoint = read_checkpoint(path)
+    provenance, state = checkpoint["provenance"], checkpoint["state_dict"]
     averaged = any(name.startswith(_PREFIXES["ema"]) for name in state)
     if weights == "ema" and not averaged:
         raise UserError(f"{path} has no average of the weights (ema.decay was null): use --weights trained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,7 @@ def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> list
 
 def _rank(rank: int, size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.setpgid(0, 0)
+    gc.freeze()  # what was imported is no garbage: energon's workers look for some as they start
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

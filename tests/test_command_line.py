@@ -63,6 +63,24 @@ def test_an_open_option_takes_keys_of_the_users_own(call: Callable) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "filters"),
+    [
+        ("={aesthetic_score:{min:5}}", {"aesthetic_score": {"min": 5}}),
+        ("={}", {}),
+        ("=null", None),
+        (".num_frames={min:2}", {"num_frames": {"min": 2}}),
+        (".aesthetic_score.min=5", {"num_frames": {"max": 1}, "aesthetic_score": {"min": 5}}),
+    ],
+)
+def test_an_open_option_replaces_what_an_experiment_has_there(
+    call: Callable, given: str, filters: dict[str, Any] | None
+) -> None:
+    (config,) = call("experiment=sample", f"data.task_encoder.filters{given}")
+
+    assert config.data.task_encoder.filters == filters
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         ([], "missing option data.path (a dataset): add data.path=VALUE"),

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.errors import UserError
@@ -67,19 +68,23 @@ def test_batch_sizes_below_one_are_refused():
         gradient_accumulation_steps(8, 0, 1)
 
 
-def read_with_mesh(dataset, folder) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
-    data = DiffusionDataModule(dataset, global_batch_size=2, num_workers=0, device_mesh=mesh)
+def write_what_is_read(data: DiffusionDataModule, folder) -> None:
     batches = list(data.train_dataloader())
     seen = {
         "keys": [batch["__key__"][0] for batch in batches],
         "length": batches[0]["video"].shape[1],
         "states": len(data.state_dict()["ranks"]),
         "steps": data.gradient_accumulation_steps,
+        "validated": [batch["__key__"] for batch in data.val_dataloader() or []],
     }
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+def read_with_mesh(dataset, folder) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    write_what_is_read(DiffusionDataModule(dataset, global_batch_size=2, num_workers=0, device_mesh=mesh), folder)
 
 
 def test_tensor_parallel_ranks_of_a_device_mesh_read_the_same_padded_to_what_they_share_out(
@@ -94,6 +99,39 @@ def test_tensor_parallel_ranks_of_a_device_mesh_read_the_same_padded_to_what_the
     assert ranks[0]["length"] == 4  # a multiple of 2 x 2
     assert ranks[0]["states"] == 2
     assert ranks[0]["steps"] == 1
+
+
+def read_with_megatron_core(dataset, folder, tensor_parallel_size, context_parallel_size) -> None:
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size, context_parallel_size=context_parallel_size
+    )
+    write_what_is_read(DiffusionDataModule(dataset, global_batch_size=2, num_workers=0), folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # what megatron-core says of CUDA kernels that aren't there
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "context_parallel_size", "alike", "length"),
+    [(2, 2, [(0, 1, 2, 3)], 8), (2, 1, [(0, 1), (2, 3)], 4), (1, 2, [(0, 1), (2, 3)], 4)],
+)
+def test_ranks_that_megatron_core_puts_together_read_the_same_and_validate_together(
+    make_tiny_dataset, tmp_path, tensor_parallel_size, context_parallel_size, alike, length
+):
+    pytest.importorskip("megatron.core", reason="pip install --no-deps megatron-core==0.16.1")
+    shapes = [(4, 1, 2, 6), (4, 1, 2, 2)]  # 3 patches at most
+    dataset = make_tiny_dataset(11, latent_shapes=shapes, per_shard=1, split={"train": 8, "val": 3})
+    sizes = tensor_parallel_size, context_parallel_size
+    assert run_ranks(4, read_with_megatron_core, dataset, tmp_path, *sizes) == [0] * 4
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    shares = [ranks[group[0]] for group in alike]
+    assert [ranks[rank] for group in alike for rank in group] == [ranks[group[0]] for group in alike for _ in group]
+    assert sorted(int(key[-9:]) for share in shares for key in share["keys"]) == list(range(8))
+    assert sorted(int(key[-9:]) for share in shares for keys in share["validated"] for key in keys) == [8, 9, 10]
+    assert {share["length"] for share in shares} == {length}
+    assert {share["states"] for share in shares} == {len(alike)}
+    assert {share["steps"] for share in shares} == {2 // len(alike)}
 
 
 class Mesh:

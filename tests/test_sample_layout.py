@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from diffusion_data.energon_loaders import without_samples
 from diffusion_data.patchify import position_ids_3d
 from diffusion_data.scripts.dit import DiT
 from diffusion_data.scripts.rectified_flow import rectified_flow_loss
 from diffusion_data.scripts.sample_layout import SampleARow, layout_of, without_padding
+from tests.datamodules import module
 
 PATCH_CHANNELS, TEXT_DIM = 12, 10
 SHAPES = ((1, 2, 3), (2, 2, 2), (1, 1, 5), (3, 1, 2), (1, 4, 4))
@@ -118,6 +121,43 @@ def test_packed_batch_has_the_loss_and_gradients_of_its_samples_one_by_one(
     assert together.item() == pytest.approx(torch.stack(losses).sum().item(), rel=1e-5)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_batches_that_the_loader_packs_have_the_loss_of_their_samples_one_by_one(
+    make_tiny_dataset: Callable[..., Path],
+) -> None:
+    """Pictures and clips from disk, through the real packer, against the same served singly; in float32."""
+    dataset = make_tiny_dataset(14)
+    torch.manual_seed(0)
+    model = DiT(48, 2, 4, patch_channels=16, text_embedding_dim=8)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    def batches(**options: Any) -> list[dict[str, Any]]:
+        encoder = BasicDiffusionTaskEncoder(latent_scaling="per_channel", text_embedding_padding_size=6)
+        return list(module(dataset, use_train_split_for_val=True, task_encoder=encoder, **options).val_dataloader())
+
+    def loss_of(batch: dict[str, Any]) -> float:
+        batch = without_padding(batch)
+        noise = torch.zeros(batch["video"].shape)
+        rows = [int(key[-9:]) for key in batch["__key__"]]
+        each = [
+            torch.randn(length, 16, generator=torch.Generator().manual_seed(row))
+            for row, length in zip(rows, batch["lengths"], strict=True)
+        ]
+        noise[:, : sum(batch["lengths"])] = torch.cat(each)
+        timesteps = torch.tensor([(row + 1) / 16 for row in rows])
+        return rectified_flow_loss(model, batch, noise, timesteps, sigma_data=0.5).item()
+
+    singly = {batch["__key__"][0]: (loss_of(batch), int(batch["seq_len_q"][0])) for batch in batches()}
+    packed_batches = batches(max_seq_length=24, packing_buffer_size=7, micro_batch_size=2, global_batch_size=2)
+
+    assert sorted(key for batch in packed_batches for key in batch["__key__"]) == sorted(singly)
+    assert max(len(batch["__key__"]) for batch in packed_batches) > 2  # in two rows
+    for batch in packed_batches:
+        own = [singly[key] for key in batch["__key__"]]
+        expected = sum(loss * length for loss, length in own) / sum(length for _, length in own)
+        assert loss_of(batch) == pytest.approx(expected, abs=1e-4)
 
 
 def test_each_sample_has_the_loss_it_has_alone(model: DiT, samples: Samples) -> None:

@@ -19,24 +19,29 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_data.diffusion_fake_datamodule import FakeLoader
+from diffusion_data.scripts.diffusion_lightning_module import DiffusionLightningModule
 from diffusion_data.scripts.train import main
 from diffusion_data.scripts.train_callbacks import Checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
-TINY = [
-    "data=fake",
+SMALL = [
     "data.num_workers=0",
-    "data.latent_shapes=[[2,1,4,4],[2,2,4,4]]",
-    "data.seq_length=8",
-    "data.text_embedding_dim=16",
-    "model.patch_channels=8",
-    "model.text_embedding_dim=16",
     "model.hidden_size=24",
     "model.depth=1",
     "model.num_heads=2",
     "optimizer.learning_rate=0.003",
     "output_dir=run",
 ]
+TINY = [
+    *SMALL,
+    "data=fake",
+    "data.latent_shapes=[[2,1,4,4],[2,2,4,4]]",
+    "data.seq_length=8",
+    "data.text_embedding_dim=16",
+    "model.patch_channels=8",
+    "model.text_embedding_dim=16",
+]
+DATASET = [*SMALL, "model.patch_channels=16", "model.text_embedding_dim=8"]  # as tiny_dataset's samples are
 OFTEN = [
     "data.micro_batch_size=2",
     "trainer.checkpoint_every_n_steps=2",
@@ -57,6 +62,24 @@ def train_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_torch_thread
     def call(*options: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", *options, "trainer.accelerator=cpu"])
         main()
+
+    return call
+
+
+@pytest.fixture
+def refused(
+    train_here: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """refused(folder, *options): what is told when the run in `folder` can't go on with these."""
+
+    def call(folder: Path, *options: str) -> str:
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as stopped:
+            train_here("ckpt_path=last", *options)
+        written = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert written.count("\n") == 1, written
+        return written
 
     return call
 
@@ -166,6 +189,107 @@ def test_resumed_run_is_the_uninterrupted_one(whole_run: Path, train_here: Calla
         assert torch.equal(weight, checkpoint(tmp_path)["state_dict"][name]), name
 
 
+def test_seconds_go_on_after_a_resume(whole_run: Path, train_here: Callable[..., None], tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "run", tmp_path / "run", symlinks=True)
+    table = tmp_path / "run" / "metrics.csv"
+    before = rows(tmp_path)
+    table.write_text(table.read_text().replace(f",{before[3]['seconds']},", ",1000.5,"))
+    train_here(*TINY, *OFTEN, "trainer.max_steps=5", "ckpt_path=last")
+
+    seconds = [float(row["seconds"]) for row in rows(tmp_path)]
+    assert seconds[3] == 1000.5
+    assert 1000.5 < seconds[4] < 1500
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.hidden_size=32", "model.depth=2"], "model.hidden_size was 24, now 32, model.depth was 1, now 2"),
+        (["ema.decay=null"], "run/checkpoints/last.ckpt has an average of the weights: go on with ema.decay as it was"),
+    ],
+)
+def test_another_model_cannot_go_on_from_a_checkpoint(
+    whole_run: Path, refused: Callable[..., str], options: list[str], message: str
+) -> None:
+    assert message in refused(whole_run, *TINY, *OFTEN, *options)
+
+
+def test_other_data_do_not_begin_anew_from_a_checkpoint(
+    whole_run: Path, refused: Callable[..., str], make_tiny_dataset: Callable[..., Path]
+) -> None:
+    same_model = ["model.patch_channels=8", "model.text_embedding_dim=16", "ema.decay=0.9"]
+    told = refused(whole_run, *SMALL, *same_model, f"data.path={make_tiny_dataset(8)}")
+
+    assert "last.ckpt holds no place in the data of DiffusionDataModule" in told
+    assert "go on with the data= it was trained with, or start a new run" in told
+
+
+def test_a_damaged_checkpoint_is_told_as_such(whole_run: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "run", tmp_path / "damaged" / "run")
+    last = tmp_path / "damaged" / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+
+    assert "last.ckpt is damaged, or no checkpoint" in refused(tmp_path / "damaged", *TINY, *OFTEN)
+
+
+def test_validation_without_a_val_split_is_refused(
+    tmp_path: Path, refused: Callable[..., str], make_tiny_dataset: Callable[..., Path]
+) -> None:
+    options = [*DATASET, f"data.path={make_tiny_dataset(8)}", "trainer.val_every_n_steps=1", "ckpt_path=null"]
+
+    assert "trainer.val_every_n_steps: there is no val split to validate on" in refused(tmp_path, *options)
+    assert "there is no val split" in refused(tmp_path, *TINY, "data.num_val_samples=0", *OFTEN, "ckpt_path=null")
+
+
+LAYOUTS = {
+    "padded": ["data.micro_batch_size=2", "data.global_batch_size=4", "trainer.val_every_n_steps=2"],
+    "packed": [
+        "data.micro_batch_size=1",
+        "data.global_batch_size=2",
+        "data.max_seq_length=20",
+        "data.packing_buffer_size=6",
+        "data.num_workers=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_run_on_a_dataset_resumes_with_the_same_samples_and_losses(
+    layout: str,
+    make_tiny_dataset: Callable[..., Path],
+    train_here: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Six steps, over the end of an epoch, against three starts of two steps each."""
+    dataset = make_tiny_dataset(17, per_shard=1, split={"train": 14, "val": 3})
+    options = [*DATASET, *LAYOUTS[layout], f"data.path={dataset}", "data.task_encoder.text_dropout=0.3"]
+    options += ["data.shuffle_buffer_size=4", "data.task_encoder.latent_scaling=per_channel"]
+    options += ["ema.decay=0.9"]
+    keys: list[list[str]] = []
+    train_step = DiffusionLightningModule.training_step
+
+    def training_step(module: DiffusionLightningModule, batch: dict[str, Any], number: int) -> torch.Tensor:
+        keys.append(batch["__key__"])
+        return train_step(module, batch, number)
+
+    monkeypatch.setattr(DiffusionLightningModule, "training_step", training_step)
+    train_here(*options, "trainer.max_steps=6", "output_dir=whole")
+    expected = keys.copy()
+    keys.clear()
+    for last in (2, 4, 6):
+        train_here(*options, f"trainer.max_steps={last}", "output_dir=resumed", "ckpt_path=auto")
+
+    assert len(expected) == 12  # of two micro batches a step
+    assert len({key for batch in expected for key in batch}) == 14
+    assert keys == expected
+    assert losses(tmp_path, "resumed") == losses(tmp_path, "whole")
+    if layout == "padded":
+        validations = [(tmp_path / run / "validation.csv").read_text() for run in ("whole", "resumed")]
+        assert validations[0].count("\n") == 4
+        assert validations[1] == validations[0]
+
+
 def test_the_average_of_the_weights_is_saved_beside_them(whole_run: Path) -> None:
     state = checkpoint(whole_run)["state_dict"]
     averages = {name: value for name, value in state.items() if name.startswith("ema.model.")}
@@ -249,6 +373,7 @@ def assert_same_checkpoint(saved: dict[str, Any], expected: dict[str, Any]) -> N
         ([*TINY, "trainer.strategy=fsdp"], "trainer.strategy=fsdp is for several processes"),
         ([*TINY, "optimizer.schedule=linear"], "schedule must be constant or cosine, got 'linear'"),
         ([*TINY, "trainer.max_steps=0"], "trainer: max_steps must be at least 1, got 0"),
+        ([*TINY, "trainer.val_batches=0"], "trainer: val_batches must be at least 1, got 0"),
         ([*TINY, "data.global_batch_size=3", "data.micro_batch_size=2"], "global_batch_size=3 is not divisible"),
         ([*TINY, "data.task_encoder.filters.num_frames.min=2"], "leave out fake samples (num_frames_out_of_bounds "),
         ([*TINY, "model.patch_channels=64"], "the model expects 64; set model.patch_channels=8"),

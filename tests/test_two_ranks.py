@@ -1,6 +1,7 @@
 """Two processes on the CPU: what each rank sees, and that a run killed at any step goes on as if it had not been.
 
-DIFFUSION_DATA_KILLS=10 kills that often instead of once or twice.
+DIFFUSION_DATA_TEST_ALL=1 kills the packed run as often as the padded one. DIFFUSION_DATA_TEST_SEED=N repeats the kills
+of the run that said so.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 
 from diffusion_data.diffusion_energon_datamodule import DiffusionDataModule
 from diffusion_data.diffusion_taskencoder import BasicDiffusionTaskEncoder
 from tests.rank_processes import run_ranks
 from tests.tiny_dataset import tiny_samples, write_dataset
 
-KILLS = int(os.environ.get("DIFFUSION_DATA_KILLS", 0))
 STEPS = 12
+KILLS = 10
+KILLS_WITH_WORKERS = KILLS if os.environ.get("DIFFUSION_DATA_TEST_ALL") == "1" else 2  # whose starts take longer
 
 
 @pytest.fixture(scope="module")
@@ -45,40 +49,83 @@ class Recorder(pl.LightningModule):
     def __init__(self, log: Path, kill_at: int | None) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
         self.log_path = log
         self.kill_at = kill_at
 
-    def note(self, kind: str, number: int, batch: dict[str, Any]) -> None:
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+    def note(self, kind: str, number: Any, *what: Any) -> None:
         with self.log_path.open("a") as log:
-            log.write(json.dumps([kind, number, batch["__key__"], batch["seq_len_kv"].tolist()]) + "\n")
+            log.write(json.dumps([kind, number, *what]) + "\n")
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.layer(batch["video"].float().mean().view(1, 1)).sum()
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
         number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
         if number == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.note("train", number, batch)
-        return self.layer(batch["video"].float().mean().view(1, 1)).sum()
+        self.note("train", number, batch["__key__"], batch["seq_len_kv"].tolist())
+        return self.loss(batch)
 
     def validation_step(self, batch: dict[str, Any], number: int) -> None:
-        self.note("val", number, batch)
+        self.note("val", [self.validation, number], batch["__key__"], batch["seq_len_kv"].tolist())
+        self.log("val_loss", self.loss(batch), batch_size=1, sync_dist=True)  # all ranks wait for each other here
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.note("val_loss", [self.validation, "all"], float(self.trainer.callback_metrics["val_loss"]))
+
+    @property
+    def validation(self) -> int | str:
+        return "sanity check" if self.trainer.sanity_checking else self.trainer.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+class SaveEveryStep(pl.Callback):
+    """Lightning's ModelCheckpoint would save once more within the first step after a resume, without its gradients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step > self.saved_step:
+            self.saved_step = trainer.global_step
+            trainer.save_checkpoint(self.folder / f"step={self.saved_step}.ckpt")
+
+    def newest(self) -> Path | None:
+        steps = [int(path.stem.removeprefix("step=")) for path in self.folder.glob("*.ckpt")]
+        return self.folder / f"step={max(steps)}.ckpt" if steps else None
 
 
 def fit(
-    dataset: Path, folder: Path, options: dict[str, Any], kill: tuple[int, int] | None, max_steps: int = STEPS
+    dataset: Path,
+    folder: Path,
+    options: dict[str, Any],
+    kill: tuple[int, int] | None,
+    max_steps: int = STEPS,
+    sharded: bool = False,
 ) -> None:
     """A rank of a training run that goes on from its newest checkpoint. kill: (rank, micro batch)."""
     data = make_data(dataset, **options)
     rank = int(os.environ["RANK"])
     module = Recorder(folder / f"rank{rank}.jsonl", kill[1] if kill and kill[0] == rank else None)
-    checkpoints = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    checkpoints = SaveEveryStep(folder)
     trainer = pl.Trainer(
         max_steps=max_steps,
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
-        strategy="ddp",
+        strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False) if sharded else "ddp",
         plugins=[TorchElasticEnvironment()],
         logger=False,
         use_distributed_sampler=False,
@@ -88,12 +135,12 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[checkpoints],
+        enable_checkpointing=False,
     )
-    done = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
-    trainer.fit(module, data, ckpt_path=done[-1] if done else None)
+    trainer.fit(module, data, ckpt_path=checkpoints.newest())
 
 
-def seen(folder: Path, rank: int) -> Iterator[tuple[str, int, list[str], list[int]]]:
+def seen(folder: Path, rank: int) -> Iterator[tuple[Any, ...]]:
     for line in (folder / f"rank{rank}.jsonl").read_text().splitlines():
         yield tuple(json.loads(line))
 
@@ -105,6 +152,21 @@ def trained(folder: Path, rank: int) -> dict[int, Any]:
         if kind == "train":
             assert batches.setdefault(number, what) == what
     return batches
+
+
+def validated(folder: Path, rank: int) -> dict[tuple[int | str, int | str], Any]:
+    """(Step, batch) -> keys and text lengths, (step, "all") -> val_loss; the same each time it was done."""
+    validations: dict[tuple[int | str, int | str], Any] = {}
+    for kind, number, *what in seen(folder, rank):
+        if kind != "train":
+            assert validations.setdefault(tuple(number), what) == what
+    return validations
+
+
+def validated_rows(folder: Path, step: int) -> list[int]:
+    """Of both ranks, which have unequally many."""
+    entries = [what for rank in range(2) for number, what in validated(folder, rank).items() if number[0] == step]
+    return sorted(int(key[-9:]) for keys, *_ in entries if isinstance(keys, list) for key in keys)
 
 
 CASES = {
@@ -127,8 +189,10 @@ def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
     for folder in (whole, killed):
         folder.mkdir()
     assert run_ranks(2, fit, dataset, whole, CASES[case], None) == [0, 0]
-    rng = random.Random(case)
-    kills = KILLS or (2 if CASES[case]["num_workers"] == 0 else 1)
+    seed = int(os.environ.get("DIFFUSION_DATA_TEST_SEED", random.randrange(10**6)))
+    print(f"DIFFUSION_DATA_TEST_SEED={seed}")
+    rng = random.Random(seed)
+    kills = KILLS_WITH_WORKERS if CASES[case]["num_workers"] else KILLS
     for place in sorted(rng.sample(range(2, 2 * STEPS), kills)):
         kill = (rng.randrange(2), place)
         assert -signal.SIGKILL in run_ranks(2, fit, dataset, killed, CASES[case], kill)
@@ -136,14 +200,28 @@ def test_a_run_killed_at_random_steps_sees_what_an_uninterrupted_one_sees(
     for rank in range(2):
         assert list(trained(whole, rank)) == list(range(2 * STEPS))
         assert trained(killed, rank) == trained(whole, rank)
+        assert validated(killed, rank) == validated(whole, rank)
     keys = [{key for keys, _ in trained(whole, rank).values() for key in keys} for rank in range(2)]
     assert not keys[0] & keys[1]
     texts = [length for lengths in trained(whole, 0).values() for length in lengths[1]]
     assert 1 in texts  # a dropped caption has one token
-    last_validation = [[entry for entry in seen(whole, rank) if entry[0] == "val"] for rank in range(2)]
-    if case == "padded":
-        validated = [key for entries in last_validation for entry in entries[-3:] for key in entry[2]]
-        assert sorted(int(key[-9:]) for key in validated) == [28, 29, 30, 31, 32]
+    assert [validated_rows(whole, step) for step in (4, 8, 12)] == [[28, 29, 30, 31, 32]] * 3
+
+
+def test_a_run_with_sharded_weights_under_lightning_goes_on_as_if_uninterrupted(dataset: Path, tmp_path: Path) -> None:
+    folders = whole, resumed, alike = [tmp_path / name for name in ("whole", "resumed", "alike")]
+    for folder in folders:
+        folder.mkdir()
+    options = {"num_workers": 0}
+    for folder, steps, sharded in ((whole, 8, True), (resumed, 5, True), (resumed, 8, True), (alike, 8, False)):
+        assert run_ranks(2, fit, dataset, folder, options, None, steps, sharded) == [0, 0]
+    for rank in range(2):
+        assert list(trained(whole, rank)) == list(range(2 * 8))
+        assert trained(resumed, rank) == trained(whole, rank) == trained(alike, rank)
+        assert validated(resumed, rank) == validated(whole, rank) == validated(alike, rank)
+    assert [validated_rows(whole, step) for step in (4, 8)] == [[28, 29, 30, 31, 32]] * 2
+    weights, expected = (torch.load(folder / "step=8.ckpt", weights_only=True)["state_dict"] for folder in folders[1:])
+    torch.testing.assert_close(weights, expected)
 
 
 def plain_loop(dataset: Path, folder: Path, options: dict[str, Any], num_batches: int) -> None:
@@ -205,7 +283,6 @@ def test_lightning_goes_on_with_the_same_steps_on_another_number_of_ranks(datase
 def train_sharded(dataset: Path, folder: Path) -> None:
     """A rank of a plain loop with fully sharded weights, which waits for the others in every step."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
     data = make_data(dataset, num_workers=0, device_mesh=mesh)
