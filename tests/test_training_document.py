@@ -9,8 +9,8 @@ import av
 import pytest
 from PIL import Image
 
-from tests.test_docs import commands
 from tests.written_commands import run_here
+from tests.written_pages import commands
 
 
 def test_the_commands_on_the_bundled_sample_run(
@@ -21,7 +21,7 @@ def test_the_commands_on_the_bundled_sample_run(
     one_torch_thread: None,
 ) -> None:
     shutil.copytree(sample_dataset, tmp_path / "sample_dataset")
-    of_pictures, pictures, of_clips, clip, sheet = commands("training.rst")[-5:]
+    of_pictures, pictures, of_clips, clip, sheet = commands("docs/training.rst")[-5:]
     for train in (of_pictures, of_clips):
         told = run_here(tmp_path, train, monkeypatch, capsys, "trainer.max_steps=1", "trainer.accelerator=cpu")
         assert "1 steps (up to step 1)" in told
