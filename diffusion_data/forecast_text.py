@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from diffusion_data.counted import counted
 from diffusion_data.forecast import Forecast
 from diffusion_data.reject_limit import REJECT_RATE_ROWS
 from diffusion_data.shard_plan import Shard
@@ -115,12 +116,12 @@ def _rejects(forecast: Forecast, num_rows: int, max_reject_rate: float) -> Itera
 
 def _shapes(forecast: Forecast) -> Iterator[str]:
     shapes = forecast.latent_shapes.most_common()
-    yield f"  latents   {_counted(len(shapes), 'shape')} (C x T x H x W), commonest first:"
+    yield f"  latents   {counted(len(shapes), 'shape')} (C x T x H x W), commonest first:"
     for shape, count in shapes[:_SHAPES_NAMED]:
         yield f"            {' x '.join(map(str, shape))}: {count / forecast.samples:.1%}"
     if len(shapes) > _SHAPES_NAMED:
         others = sum(count for _, count in shapes[_SHAPES_NAMED:])
-        yield f"            {_counted(len(shapes) - _SHAPES_NAMED, 'other')}: {others / forecast.samples:.1%}"
+        yield f"            {counted(len(shapes) - _SHAPES_NAMED, 'other')}: {others / forecast.samples:.1%}"
     largest = max(shapes, key=lambda each: each[0][1] * each[0][2] * each[0][3])[0]
     yield f"            largest seen: {' x '.join(map(str, largest))}"
 
@@ -132,8 +133,8 @@ def _left_out(forecast: Forecast, scale: float) -> Iterator[str]:
         yield f"  videos    {left_out['seconds_left_out'] / seconds:.1%} of their time is in no sample"
     if left_out["clips_dropped"] or left_out["frames_cut"]:
         yield (
-            f"            about {_counted(round(left_out['clips_dropped'] * scale), 'clip')} too short, "
-            f"{_counted(round(left_out['frames_cut'] * scale), 'frame')} cut to lengths that are allowed"
+            f"            about {counted(round(left_out['clips_dropped'] * scale), 'clip')} too short, "
+            f"{counted(round(left_out['frames_cut'] * scale), 'frame')} cut to lengths that are allowed"
         )
 
 
@@ -152,12 +153,12 @@ def _time(forecast: Forecast, shards: Sequence[Shard], machines: Machines) -> It
     slowest = max(limits, key=limits.__getitem__)
     num_rows, busiest = shards[-1].stop, rows_of_busiest_rank(shards, machines.num_ranks)
     seconds = busiest * limits[slowest]
-    ranks = _counted(machines.num_ranks, machines.kind)
+    ranks = counted(machines.num_ranks, machines.kind)
     yield f"  time      {_duration(seconds)} with {ranks}, {num_rows / seconds:,.1f} rows/s, held up by {slowest}"
     yield (
-        f"            {_counted(machines.ranks_per_node, machines.kind)} a node of "
-        f"{_counted(machines.processors_per_node, 'processor')}, "
-        f"{_counted(machines.num_workers, 'decode process')} each"
+        f"            {counted(machines.ranks_per_node, machines.kind)} a node of "
+        f"{counted(machines.processors_per_node, 'processor')}, "
+        f"{counted(machines.num_workers, 'decode process')} each"
     )
     parts = {
         "decoding": forecast.decode_cpu_seconds,
@@ -178,7 +179,7 @@ def _idle(shards: Sequence[Shard], machines: Machines, busiest: int) -> Iterator
     if len(shards) < num_ranks:
         enough = f", or a samples_per_shard of at most {num_rows // num_ranks}" if num_rows >= num_ranks else ""
         yield (
-            f"            {num_ranks - len(shards):,} of the {_counted(num_ranks, machines.kind)} would have no shard: "
+            f"            {num_ranks - len(shards):,} of the {counted(num_ranks, machines.kind)} would have no shard: "
             f"take fewer{enough}"
         )
     elif idle > _IDLE_TOLD:
@@ -186,11 +187,6 @@ def _idle(shards: Sequence[Shard], machines: Machines, busiest: int) -> Iterator
             f"            {idle:.0%} of their time they would wait for the last of {len(shards):,} shards: "
             "lower samples_per_shard"
         )
-
-
-def _counted(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _amount(money: float) -> str:

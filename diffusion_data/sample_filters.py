@@ -40,7 +40,8 @@ class Bound:
             return None if self.keep_missing else (missing, f"its metadata has no {self.field}")
         if self.min <= float(value) <= self.max:
             return None
-        return out_of_bounds, f"{self.field} {value} is not within {self.min:g} and {self.max:g}"
+        bound = f"below {self.min:g}" if float(value) < self.min else f"above {self.max:g}"
+        return out_of_bounds, f"{self.field} {value} is {bound}"
 
 
 def parse_filters(filters: Mapping[str, Mapping[str, Any]]) -> Sequence[Bound]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from diffusion_data.counted import counted
 from diffusion_data.errors import Reason
 from diffusion_data.finish import Totals, format_reasons
 from diffusion_data.prepare_config import PrepareConfig
@@ -19,7 +20,7 @@ def summary(config: PrepareConfig, totals: Totals, rows_now: int, phase_seconds:
     lines = [
         f"{config.output_dir}: {totals.rows} rows = {totals.written} written "
         f"+ {sum(totals.rejected.values())} rejected",
-        f"  {totals.samples} samples in {totals.shards} shards, {totals.num_bytes / 1e6:.1f} MB; "
+        f"  {counted(totals.samples, 'sample')} in {counted(totals.shards, 'shard')}, {totals.num_bytes / 1e6:.1f} MB; "
         + ", ".join(f"{name} {count}" for name, count in totals.splits.items() if count),
     ]
     if totals.rejected:
@@ -29,7 +30,7 @@ def summary(config: PrepareConfig, totals: Totals, rows_now: int, phase_seconds:
             + ("; retry_rejected=network tries again what the network failed" if retry else "")
         )
     if totals.captions_cut:
-        lines.append(f"  {totals.captions_cut} captions cut to {config.text_encoder.max_length} tokens")
+        lines.append(f"  {counted(totals.captions_cut, 'caption')} cut to {config.text_encoder.max_length} tokens")
     lines += left_out_lines(totals.left_out)
     if totals.batches_halved:
         lines.append(
@@ -50,9 +51,9 @@ def left_out_lines(left_out: Mapping[str, float]) -> list[str]:
         seconds = left_out["seconds_kept"] + left_out["seconds_left_out"]
         told.append(f"{left_out['seconds_left_out']:.1f} of {seconds:.1f} s")
     if left_out.get("clips_dropped"):
-        told.append(f"{left_out['clips_dropped']:.0f} clips too short")
+        told.append(f"{counted(left_out['clips_dropped'], 'clip')} too short")
     if left_out.get("frames_cut"):
-        told.append(f"{left_out['frames_cut']:.0f} frames cut to lengths that are allowed")
+        told.append(f"{counted(left_out['frames_cut'], 'frame')} cut to lengths that are allowed")
     return [f"  left out of videos: {', '.join(told)}"] if told else []
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from diffusion_data.counted import counted
 from diffusion_data.distributed import usable_cpus
 from diffusion_data.durable_file import read_plain_file, sha256_of_file, size_of_plain_file
 from diffusion_data.energon_metadata import metadata_faults
@@ -209,7 +210,8 @@ def _find_duplicate_keys(dataset: Path, findings: Mapping[str, ShardFindings], v
 
 
 def _summary(dataset: Path, entries: Sequence[LedgerEntry], findings: Mapping[str, ShardFindings]) -> str:
-    held = f"{dataset}: {len(findings)} shards, {sum(found.num_samples for found in findings.values())} samples"
+    samples = sum(found.num_samples for found in findings.values())
+    held = f"{dataset}: {counted(len(findings), 'shard')}, {counted(samples, 'sample')}"
     if not entries:
         return f"{held}; it has no ledger: no checksums, and no rows to account for"
     written = sum(entry.written for entry in entries)

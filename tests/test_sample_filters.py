@@ -124,3 +124,12 @@ def test_skips_are_logged_at_intervals_within_an_epoch(scored, caplog, monkeypat
 def test_filters_that_are_none_are_refused(filters, message):
     with pytest.raises(UserError, match=message):
         parse_filters(filters)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [({"min": 0.6}, "clip_score 0.5 is below 0.6"), ({"max": 0.4}, "clip_score 0.5 is above 0.4")],
+)
+def test_a_skip_names_the_bound_that_is_crossed(bounds, message):
+    (bound,) = parse_filters({"clip_score": bounds})
+    assert bound.reason_to_skip({"clip_score": 0.5}) == ("clip_score_out_of_bounds", message)
