@@ -99,7 +99,7 @@ def resampler() -> str:
         torch.nn.functional.interpolate(
             torch.zeros(1, 3, 4, 4, dtype=torch.uint8), size=(2, 2), mode="lanczos", antialias=True
         )
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError):  # how versions of torch refuse what they lack
         return "pillow"
     return "torch"
 

@@ -88,7 +88,7 @@ class RunLock:
             os.fsync(self._file)
             partial.rename(self._path)  # seen only now that it is locked
             flush_folder(folder)
-        except BaseException:  # raised again
+        except BaseException:  # raised again; a lock that nobody holds must not stay behind
             os.close(self._file)
             for path in (partial, self._path):
                 path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ class Job:
 
 
 def kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself since it was looked up
         os.kill(pid, signal.SIGKILL)
 
 
